@@ -1,0 +1,378 @@
+"""The command line: options, progress and tables; the work is done elsewhere."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from torch import nn
+
+import n2n_fast
+from n2n_fast import report, teacher
+from n2n_fast.data import ImageData, accuracy, load
+from n2n_fast.errors import BadInput
+from n2n_fast.search import Progress, Rollout, SearchConfig, compress, load_student
+from n2n_fast.space import ArchitectureSpace
+
+INFEASIBLE = 3
+INTERRUPTED = 130
+DIGITS = "digits"
+DEFAULTS = {field.name: field.default for field in fields(SearchConfig)}
+# What suits 1,797 images of 8x8 pixels: an epoch is ten steps.
+DIGITS_DEFAULTS = {"updates": 12, "epochs": 4.0, "final_epochs": 120.0, "batch_size": 64}
+DIGITS_VALIDATION = 0.2
+DIGITS_TEACHER_EPOCHS = 30.0
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def main() -> None:
+    """Run the command line; every foreseen failure is one line on stderr."""
+    try:
+        sys.exit(cli(standalone_mode=False) or 0)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except BadInput as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}")
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def _fail(message: str) -> None:
+    click.echo(f"n2n-fast: {' '.join(message.split())}", err=True)
+    sys.exit(2)
+
+
+# Options that several commands share
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _numbers(_: click.Context, option: click.Parameter, value: str | None) -> list[float] | None:
+    """Comma-separated numbers, as --mean and --std take them."""
+    if value is None:
+        return None
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a number or a comma-separated list of them", param=option) from None
+
+
+def _device(_: click.Context, option: click.Parameter, value: str | None) -> torch.device:
+    try:
+        device = torch.device(value or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.BadParameter(f"{value!r} cannot be used ({str(error).splitlines()[0]})", param=option) from None
+    return device
+
+
+data_options = _options(
+    click.option("--data", default=DIGITS, show_default=True, metavar="SPEC",
+                 help="digits, cifar10:DIR, cifar100:DIR, svhn:DIR, fashion-mnist:DIR, imagefolder:DIR or npz:FILE."),
+    click.option("--mean", callback=_numbers, metavar="M[,M,M]", help="Pixel mean, 0 to 1; default: the set's own."),
+    click.option("--std", callback=_numbers, metavar="S[,S,S]", help="Pixel deviation; default: the set's own."),
+    click.option("--image-size", type=click.IntRange(min=1), metavar="PX", help="Resize images to PX x PX."),
+    click.option("--download", is_flag=True, help="Fetch a missing data set (cifar, svhn, fashion-mnist)."),
+)  # fmt: skip
+teacher_options = _options(
+    click.option("--teacher", "teacher_file", type=click.Path(path_type=Path), help="File with the state dict."),
+    click.option("--arch", metavar="NAME", help="torchvision name or package.module:factory; default: inferred."),
+    click.option("--allow-pickle", is_flag=True, help="Read a pickled module; runs code from the file."),
+)  # fmt: skip
+common_options = _options(
+    click.option("--seed", default=0, show_default=True, type=int),
+    click.option("--device", callback=_device, help="cpu, cuda, ...; default: cuda where there is one."),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(n2n_fast.__version__, prog_name="n2n-fast")
+def cli() -> None:
+    """Compress a trained CNN into a much smaller one by N2N learning."""
+
+
+@cli.command()
+@teacher_options
+@data_options
+@click.option(
+    "--stages", type=click.Choice(["both", "removal", "shrinkage"]), help="Remove layers, shrink them, or both."
+)
+@click.option("--updates", type=int, metavar="N", help="Policy updates in each stage.")
+@click.option("--rollouts", type=int, metavar="N", help="Students evaluated for each update.")
+@click.option("--epochs", type=float, metavar="E", help="Training of each student; may be a fraction.")
+@click.option("--final-epochs", type=float, metavar="E", help="Training of the best student of each stage.")
+@click.option("--batch-size", type=int, metavar="N", help="Images per training step.")
+@click.option("--learning-rate", type=float, metavar="R", help="Peak learning rate of students.")
+@click.option("--init", type=click.Choice(["inherit", "random"]), help="What students start from.")
+@click.option("--kd-weight", type=float, metavar="λ", help="Weight of the distillation loss.")
+@click.option("--max-params", type=int, metavar="N", help="Students must have no more parameters.")
+@click.option("--min-accuracy", type=float, metavar="A", help="Students must reach this validation accuracy, 0 to 1.")
+@common_options
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory; default: runs/1, runs/2, ...")
+def run(
+    teacher_file: Path | None,
+    arch: str | None,
+    allow_pickle: bool,
+    data: str,
+    mean: list[float] | None,
+    std: list[float] | None,
+    image_size: int | None,
+    download: bool,
+    device: torch.device,
+    out: Path | None,
+    **options: Any,
+) -> int:
+    """Search for the best student of a teacher, train it and write it to a run directory.
+
+    Without --teacher a small ResNet is trained on the data first. Example:
+    n2n-fast run --teacher resnet18.pt --data cifar10:data
+    """
+    defaults = DIGITS_DEFAULTS if data == DIGITS else {}
+    config = SearchConfig(**{**defaults, **{k: v for k, v in options.items() if v is not None}})
+    if teacher_file is None and data != DIGITS:
+        raise BadInput(f"--data {data} needs a teacher trained on it: give --teacher FILE, made by n2n-fast teach")
+    model = None if teacher_file is None else teacher.load_teacher(teacher_file, arch, allow_pickle=allow_pickle)
+    channels = None if model is None else teacher.input_channels(model)
+    images = _load(data, mean, std, image_size, download, config.seed, device, channels)
+    if model is None:
+        model = _teach(teacher.create("digits_resnet", images.classes, 1, seed=config.seed), images,
+                       epochs=DIGITS_TEACHER_EPOCHS, seed=config.seed)  # fmt: skip
+    teacher.check_fits(model.to(device), images)
+    start = time.perf_counter()
+    result = compress(model, images, config, out or _free_directory(), _Bar())
+    click.echo("\n" + report.result_table(result.table))
+    click.echo(f"\n{result.out}: student.pt2, student.pt, result.json; {time.perf_counter() - start:.0f} s")
+    if not result.feasible:
+        click.echo("no student met the constraints; the nearest was saved", err=True)
+        return INFEASIBLE
+    return 0
+
+
+@cli.command()
+@click.option(
+    "--arch", default="resnet18", show_default=True, help="torchvision name, resnet20/32/56 or digits_resnet."
+)
+@click.option("--cifar-stem", is_flag=True, help="3x3 first convolution without pooling, for torchvision's ResNets.")
+@click.option(
+    "--channels", type=click.IntRange(min=1), help="Input channels; default: 3 for torchvision, else the data's."
+)
+@data_options
+@click.option("--epochs", default=10.0, show_default=True, type=float)
+@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--learning-rate", default=0.1, show_default=True, type=float)
+@common_options
+@click.option("--out", default="teacher.pt", show_default=True, type=click.Path(path_type=Path))
+def teach(
+    arch: str,
+    cifar_stem: bool,
+    channels: int | None,
+    data: str,
+    mean: list[float] | None,
+    std: list[float] | None,
+    image_size: int | None,
+    download: bool,
+    epochs: float,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    device: torch.device,
+    out: Path,
+) -> None:
+    """Train a teacher on a data set and save its state dict.
+
+    Example: n2n-fast teach --arch resnet18 --data cifar10:data --out resnet18.pt
+    """
+    if out.exists():
+        raise BadInput(f"{out}: exists already; give another --out or remove it")
+    if not out.parent.is_dir():
+        raise BadInput(f"{out}: its directory does not exist; make it or give another --out")
+    own = arch in teacher.SMALL_RESNETS
+    images = _load(data, mean, std, image_size, download, seed, device, channels or (None if own else 3))
+    model = teacher.create(arch, images.classes, images.train.channels, images.train.image_size[0], cifar_stem, seed)
+    model = _teach(model, images, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+    torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, out)
+    click.echo(f"{out}: validation accuracy {accuracy(model, images.validation):.2%}")
+    if images.test is not None:
+        click.echo(f"{out}: test accuracy {accuracy(model, images.test):.2%}")
+
+
+@cli.command()
+@teacher_options
+@click.option("--image-size", default=224, show_default=True, type=click.IntRange(min=1), metavar="PX")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def inspect(teacher_file: Path | None, arch: str | None, allow_pickle: bool, image_size: int, as_json: bool) -> None:
+    """Show a teacher's layers as the policies see them: what may be removed or shrunk, and why not.
+
+    Takes a state dict by --teacher, or an architecture by --arch alone. Example:
+    n2n-fast inspect --arch resnet18 --image-size 32
+    """
+    if teacher_file is not None:
+        model = teacher.load_teacher(teacher_file, arch, allow_pickle=allow_pickle)
+    elif arch is not None:
+        model = teacher.create(arch, classes=1000)
+    else:
+        raise BadInput("nothing to inspect: give --teacher FILE or --arch NAME")
+    channels = teacher.input_channels(model) or 3
+    space = ArchitectureSpace(model, torch.zeros(1, channels, image_size, image_size))
+    smallest = space.shrink(space.teacher, [0.1] * len(space.layers), [0.1] * len(space.layers))
+    if as_json:
+        content = {
+            "params": space.teacher.params,
+            "macs": space.teacher.macs,
+            "smallest_params": smallest.params,
+            "layers": [asdict(layer) for layer in space.layers],
+            "warnings": list(space.warnings),
+        }
+        click.echo(json.dumps(content, indent=2))
+        return
+    click.echo(report.layer_table(space))
+    click.echo(
+        f"\n{space.teacher.params:,} params, {space.teacher.macs:,} MACs; "
+        f"with every ratio at 0.1 {space.teacher.params / smallest.params:.0f} times fewer params"
+    )
+    for warning in space.warnings:
+        click.echo(f"warning: {warning}")
+
+
+@cli.command()
+@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--data", metavar="SPEC", help="Another data set than the run's own.")
+@click.option("--download", is_flag=True, help="Fetch a missing data set.")
+@click.option("--device", callback=_device, help="cpu, cuda, ...; default: cuda where there is one.")
+def evaluate(directory: Path, data: str | None, download: bool, device: torch.device) -> None:
+    """Measure the accuracy of a run's student on the test split of its data, preprocessed as in the run.
+
+    Example: n2n-fast evaluate runs/1
+    """
+    student = load_student(directory).to(device)
+    settings = _settings(directory)
+    images = load(data or settings["name"], image_size=settings["image_size"], channels=settings["channels"],
+                  mean=settings["mean"], std=settings["std"], download=download, device=device)  # fmt: skip
+    split = images.validation if images.test is None else images.test
+    name = "validation" if images.test is None else "test"
+    click.echo(
+        f"{name} accuracy {_exported_accuracy(student, images, split):.2%} on {len(split)} images of {images.name}"
+    )
+
+
+# What the commands are made of
+
+
+def _exported_accuracy(student: nn.Module, images: ImageData, split: Any) -> float:
+    """Accuracy of an exported module, which has no modes to switch."""
+    with torch.no_grad():
+        correct = 0
+        for batch, labels in split.batches(512):
+            logits = student(batch)
+            if logits.shape[1] != images.classes:
+                raise BadInput(f"the student tells {logits.shape[1]} classes apart, {images.name} has {images.classes}")
+            correct += int((logits.argmax(1) == labels).sum())
+    return correct / len(split)
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    """What a run's config.json says of its data."""
+    try:
+        settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))["data"]
+        return {key: settings[key] for key in ("name", "image_size", "channels", "mean", "std")}
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{directory / 'config.json'}: not written by n2n-fast run") from None
+
+
+def _load(
+    spec: str,
+    mean: list[float] | None,
+    std: list[float] | None,
+    image_size: int | None,
+    download: bool,
+    seed: int,
+    device: torch.device,
+    channels: int | None,
+) -> ImageData:
+    validation = DIGITS_VALIDATION if spec == DIGITS else None
+    return load(spec, image_size=image_size, channels=channels, mean=mean, std=std, download=download, seed=seed,
+                validation=validation, device=device)  # fmt: skip
+
+
+def _teach(model: nn.Module, images: ImageData, **options: Any) -> nn.Module:
+    """Train a teacher under a progress bar."""
+    bar = _Bar()
+    start = time.perf_counter()
+    with bar.shown():
+
+        def step(done: teacher.TeachProgress) -> None:
+            if done.step <= 10:
+                bar.stage("training the teacher", done.steps)
+            bar.step(done.step, done.loss, done.accuracy)
+
+        model = teacher.train_teacher(model, images, device=images.train.images.device, progress=step, **options)
+    click.echo(f"teacher trained in {time.perf_counter() - start:.0f} s")
+    return model
+
+
+def _free_directory() -> Path:
+    return next(path for number in range(1, sys.maxsize) if not (path := Path("runs") / str(number)).exists())
+
+
+class _Bar(Progress):
+    """Progress on stderr: one bar for each part of the work."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._done = 0
+        self._start = 0.0
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._close()
+
+    def message(self, text: str) -> None:
+        self._close()
+        click.echo(text)
+
+    def stage(self, name: str, rollouts: int) -> None:
+        self._close()
+        self._bar = click.progressbar(
+            length=rollouts, label=f"{name:<28}", file=sys.stderr, item_show_func=lambda item: item, width=24
+        )
+        self._bar.__enter__()
+        self._done, self._start = 0, time.perf_counter()
+
+    def rollout(self, rollout: Rollout, best: Rollout | None, compression: float | None) -> None:
+        rate = 60 * (self._done + 1) / (time.perf_counter() - self._start)
+        shown = "" if best is None or compression is None else f", best {best.reward:.3f} at {compression:.1f}x"
+        self._advance(self._done + 1, f"reward {rollout.reward:.3f}{shown}, {rate:.0f} rollouts/min")
+
+    def step(self, step: int, loss: float, accuracy: float) -> None:
+        self._advance(step, f"loss {loss:.3f}, accuracy {accuracy:.1%}")
+
+    def _advance(self, done: int, text: str) -> None:
+        self._bar.update(done - self._done, text)
+        self._done = done
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None

@@ -1,0 +1,154 @@
+"""One student's training and evaluation (section 3.3): BN statistics, distillation, latency."""
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from n2n_fast import ops
+
+CHECK_EVERY = 10
+WARM_UP = 0.2
+CLIP = 5.0  # norm of a gradient: a student far from its teacher has a very steep distillation loss
+
+
+class BatchSource(Protocol):
+    """A known number of batches: images (n, C, H, W), labels (n,) and, or None, the teacher's logits (n, classes)."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]: ...
+
+
+class Diverged(ArithmeticError):
+    """A training whose loss ceased to be finite."""
+
+
+def fit(
+    model: nn.Module,
+    batches: BatchSource,
+    *,
+    learning_rate: float,
+    kd_weight: float = 0.0,
+    weight_decay: float = 5e-4,
+    progress: Callable[[int, float, float], None] | None = None,
+) -> nn.Module:
+    """Train `model` in place by SGD on cross entropy plus kd_weight times the distillation loss; left in eval mode.
+
+    Teacher logits of None leave the distillation out. The learning rate climbs to its peak over the first fifth of
+    the steps, then falls to 0 along a cosine. progress: called every ten steps with the step, the mean loss and the
+    accuracy since the last call. Raises Diverged.
+    """
+    # Images come channels_last, weights stay contiguous: oneDNN then computes channels_last all the same, while its
+    # backward pass for channels_last weights of 1x1 stride-2 convolutions with odd widths corrupts memory (torch 2.15).
+    steps = len(batches)
+    device = next(model.parameters()).device
+    optimizer = torch.optim.SGD(_decayed(model, weight_decay), learning_rate, momentum=0.9, nesterov=True, fused=True)
+    model.train()
+    tally = torch.zeros(3, device=device, dtype=torch.float64)  # loss, correct, images since the last report
+    for step, (images, labels, teacher_logits) in enumerate(batches, 1):
+        for group in optimizer.param_groups:
+            group["lr"] = _scheduled(learning_rate, step, steps)
+        with mixed_precision(device):
+            logits = model(images)
+        target, weight = (logits.detach(), 0.0) if teacher_logits is None else (teacher_logits, kd_weight)
+        loss, grad, correct = ops.kd_loss_and_grad(logits, target.to(logits.dtype), labels, weight)
+        logits.backward(grad)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        tally += torch.stack([loss.double() * len(labels), correct.double(), torch.full_like(correct, len(labels))])
+        if step % CHECK_EVERY == 0 or step == steps:
+            _report(step, tally, progress)
+    return model.eval()
+
+
+def _report(step: int, tally: Tensor, progress: Callable[[int, float, float], None] | None) -> None:
+    loss, correct, images = tally.tolist()
+    tally.zero_()
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss is {loss} at step {step}")
+    if progress is not None:
+        progress(step, loss / images, correct / images)
+
+
+def _scheduled(peak: float, step: int, steps: int) -> float:
+    done = (step - 0.5) / steps
+    if done < WARM_UP:
+        return peak * done / WARM_UP
+    return peak * (0.5 + 0.5 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
+
+
+def _decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: biases and norms, which are vectors, are not decayed; it slows short trainings."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def mixed_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to bfloat16 where the hardware multiplies it natively, else no autocast.
+
+    The hardware decides, never a timing, so that runs repeat. A CPU needs AMX: without it bfloat16 convolutions are
+    emulated, several times slower than float32.
+    """
+    if device.type == "cuda":
+        enabled = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        enabled = device.type == "cpu" and bool(has_amx())
+    return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, images: Iterable[Tensor]) -> nn.Module:
+    """Re-estimate the statistics of every batch norm as the plain mean over batches of images; left in eval mode.
+
+    Weights cut from a teacher leave statistics that no longer fit: without this a student starts at chance.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    for batch in images if norms else ():
+        model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
+@torch.no_grad()
+def latency_ms(model: nn.Module, images: Tensor, seconds: float = 0.5) -> float:
+    """Median milliseconds of a forward pass over images (n, C, H, W), in eval mode, after warming up."""
+    model.eval()
+    images = images.contiguous(memory_format=torch.channels_last)
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < 8 or (time.perf_counter() - start < seconds and len(times) < 200):
+        before = time.perf_counter()
+        model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        times.append((time.perf_counter() - before) * 1e3)
+    return statistics.median(times[3:])
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's own generators (initial weights, dropout), and put their states back afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

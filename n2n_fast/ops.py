@@ -1,0 +1,597 @@
+"""The native operators: schemas, fakes, autograd, validation and every address; the one door to ``n2n_fast._C``.
+
+Each operator has three faces: a public function, whose eager call takes a short path straight to the kernel; a
+``torch.ops.n2n_fast`` operator, which is what ``torch.compile`` and ``torch.export`` see; and a reference in plain
+torch, which tests compare with and which serves dtypes and devices without a kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+
+from n2n_fast import _C
+
+__all__ = [
+    "build_info",
+    "kd_loss",
+    "kd_loss_and_grad",
+    "kd_loss_and_grad_reference",
+    "kd_loss_reference",
+    "materialize",
+    "materialize_numel",
+    "materialize_reference",
+]
+
+KernelSize = tuple[int, int] | None
+
+_ALIGNMENT = 64  # bytes; where each result starts in the flat buffer
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_HAS_CUDA = _C.build_info()["cuda"]
+
+
+def build_info() -> _C.BuildInfo:
+    """Tell how the native module was built.
+
+    Returns:
+        ``compiler``; ``cuda``, whether the CUDA kernels were compiled, with ``cuda_version`` and ``cuda_archs``;
+        ``simd``, the instruction levels compiled, and ``simd_used``, the one this machine runs.
+    """
+    return _C.build_info()
+
+
+def _is_native(device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype in _DTYPE_CODES and (device.type == "cpu" or (device.type == "cuda" and _HAS_CUDA))
+
+
+def _on_short_path(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing but autograd watches these tensors: no compiler, no mode, no subclass, no meta device."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return all(t is None or (type(t) in _PLAIN_TYPES and not t.is_meta) for t in tensors)
+
+
+# --- materialize ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the results lie in the flat buffer; offsets and numel in elements."""
+
+    shapes: list[tuple[int, ...]]
+    offsets: list[int]
+    numel: int
+
+
+def materialize(
+    weights: Sequence[Tensor],
+    keep_out: Sequence[Tensor | None],
+    keep_in: Sequence[Tensor | None],
+    kernel_size: Sequence[KernelSize] | None = None,
+    out: Tensor | None = None,
+) -> list[Tensor]:
+    """Cut a student's weights out of a teacher's, all in one native call.
+
+    Result ``k`` is ``weights[k]`` with the output channels ``keep_out[k]`` and the input channels ``keep_in[k]``, in
+    that order, its kernels cropped at the centre to ``kernel_size[k]``. The results are contiguous views of one flat
+    buffer; each starts at a multiple of 64 bytes and has a version counter of its own, so that writing into one (the
+    running mean of a normalisation, say) does not invalidate what autograd saved of another. Gradients do not flow:
+    results do not require grad.
+
+    Args:
+        weights: (O,), (O, I) or (O, I, kh, kw) each; one dtype, one device. Contiguous ones are read in place.
+        keep_out: for each weight, a 1-D int64 (or int32) tensor of indices below O, or None for all. Indices may
+            repeat, come in any order, and be none at all.
+        keep_in: the same for I; None for weights of one dimension.
+        kernel_size: for each weight, (kh', kw') with kh - kh' and kw - kw' even, or None for the whole kernel.
+        out: flat buffer to write into, (at least ``materialize_numel(...)``,), contiguous, of the weights' dtype and
+            device; what lies beyond the results is set to zero. Default: a new one.
+
+    Index tensors belong on the CPU, where they are checked. For weights on another device they may also be on that
+    device, but are then fetched first, which waits for it.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came; nothing has been written then.
+    """
+    if len(weights) == 0:
+        _check_lengths(weights, keep_out, keep_in, kernel_size)
+        return []
+    layout = _check_materialize(weights, keep_out, keep_in, kernel_size)
+    if out is not None:
+        _check_out(out, weights[0], layout.numel)
+    if _on_short_path([*weights, *keep_out, *keep_in, out]):
+        flat = weights[0].new_empty(layout.numel) if out is None else out
+        _fill(flat, weights, keep_out, keep_in, kernel_size, layout)
+        return _detached_views(flat, layout)
+    arguments = ([w.detach() for w in weights], list(keep_out), list(keep_in), _flat_kernels(weights, kernel_size))
+    if out is None:
+        return _views(torch.ops.n2n_fast.materialize(*arguments), layout)
+    torch.ops.n2n_fast.materialize_out(*arguments, out)
+    return _views(out, layout)
+
+
+def materialize_numel(
+    weights: Sequence[Tensor],
+    keep_out: Sequence[Tensor | None],
+    keep_in: Sequence[Tensor | None],
+    kernel_size: Sequence[KernelSize] | None = None,
+) -> int:
+    """Return the number of elements that ``out`` needs for these arguments of ``materialize``.
+
+    Raises:
+        ValueError: as ``materialize``, except for the range of indices.
+    """
+    if len(weights) == 0:
+        return 0
+    return _check_materialize(weights, keep_out, keep_in, kernel_size).numel
+
+
+def materialize_reference(
+    weights: Sequence[Tensor],
+    keep_out: Sequence[Tensor | None],
+    keep_in: Sequence[Tensor | None],
+    kernel_size: Sequence[KernelSize] | None = None,
+    out: Tensor | None = None,
+) -> list[Tensor]:
+    """Do what ``materialize`` does, in plain torch."""
+    if len(weights) == 0:
+        return []
+    layout = _check_materialize(weights, keep_out, keep_in, kernel_size)
+    if out is not None:
+        _check_out(out, weights[0], layout.numel)
+    flat = weights[0].new_empty(layout.numel) if out is None else out
+    _fill_reference(flat, weights, keep_out, keep_in, kernel_size, layout)
+    return _detached_views(flat, layout)
+
+
+def _check_materialize(
+    weights: Sequence[Tensor],
+    keep_out: Sequence[Tensor | None],
+    keep_in: Sequence[Tensor | None],
+    kernel_size: Sequence[KernelSize] | None,
+) -> _Layout:
+    """Validate everything but the values of indices, and lay the results out."""
+    _check_lengths(weights, keep_out, keep_in, kernel_size)
+    dtype, device = weights[0].dtype, weights[0].device
+    step = max(1, _ALIGNMENT // dtype.itemsize)
+    shapes: list[tuple[int, ...]] = []
+    offsets: list[int] = []
+    offset = 0
+    for k, weight in enumerate(weights):
+        if weight.dtype is not dtype or weight.device != device:
+            _refuse_mixture(k, weight, weights[0])
+        shape = tuple(weight.shape)
+        dims = len(shape)
+        if dims not in (1, 2, 4):
+            raise ValueError(f"weights[{k}]: expected 1, 2 or 4 dimensions, got shape {shape}")
+        rows, columns = keep_out[k], keep_in[k]
+        kept: tuple[int, ...] = (shape[0] if rows is None else _check_keep("keep_out", k, rows, device),)
+        if dims > 1:
+            kept += (shape[1] if columns is None else _check_keep("keep_in", k, columns, device),)
+        elif columns is not None:
+            raise ValueError(f"keep_in[{k}]: expected None, since weights[{k}] has one dimension, got a tensor")
+        crop = None if kernel_size is None else kernel_size[k]
+        kept += shape[2:] if crop is None else _check_crop(k, shape, crop)
+        numel = 1
+        for size in kept:
+            numel *= size
+        shapes.append(kept)
+        offsets.append(offset)
+        offset += (numel + step - 1) // step * step
+    return _Layout(shapes, offsets, offset)
+
+
+def _check_lengths(
+    weights: Sequence[Tensor],
+    keep_out: Sequence[Tensor | None],
+    keep_in: Sequence[Tensor | None],
+    kernel_size: Sequence[KernelSize] | None,
+) -> None:
+    for name, entries in (("keep_out", keep_out), ("keep_in", keep_in), ("kernel_size", kernel_size)):
+        if entries is not None and len(entries) != len(weights):
+            raise ValueError(f"{name}: expected {len(weights)} entries, one for each of weights, got {len(entries)}")
+
+
+def _refuse_mixture(k: int, weight: Tensor, first: Tensor) -> None:
+    raise ValueError(
+        f"weights[{k}]: expected {first.dtype} on {first.device}, as weights[0], got {weight.dtype} on {weight.device}"
+    )
+
+
+def _check_keep(name: str, k: int, index: Tensor, device: torch.device) -> int:
+    """Validate an index tensor but for its values; return its length."""
+    if index.dtype is not torch.int64 and index.dtype is not torch.int32:
+        raise ValueError(f"{name}[{k}]: expected int64 or int32 indices, got {index.dtype}")
+    if index.dim() != 1:
+        raise ValueError(f"{name}[{k}]: expected one dimension, got shape {tuple(index.shape)}")
+    if index.device.type != "cpu" and index.device != device:
+        raise ValueError(f"{name}[{k}]: expected a tensor on cpu or {device}, got one on {index.device}")
+    return index.shape[0]
+
+
+def _check_crop(k: int, shape: tuple[int, ...], crop: tuple[int, int]) -> tuple[int, int]:
+    if len(shape) != 4:
+        raise ValueError(f"kernel_size[{k}]: expected None, since weights[{k}] has no kernel, got {tuple(crop)}")
+    height, width = crop
+    if not all(0 < to <= of and (of - to) % 2 == 0 for to, of in ((height, shape[2]), (width, shape[3]))):
+        raise ValueError(
+            f"kernel_size[{k}]: {(height, width)} cannot be cropped at the centre of the {shape[2:]} kernels of "
+            f"weights[{k}]; both differences must be even and not negative"
+        )
+    return height, width
+
+
+def _check_out(out: Tensor, first: Tensor, numel: int) -> None:
+    fits = out.dim() == 1 and out.is_contiguous() and out.dtype is first.dtype and out.device == first.device
+    if not fits or out.shape[0] < numel:
+        raise ValueError(
+            f"out: expected a contiguous 1-D tensor of at least {numel} elements, {first.dtype} on {first.device}, "
+            f"got shape {tuple(out.shape)}, {out.dtype} on {out.device}"
+        )
+
+
+def _views(flat: Tensor, layout: _Layout) -> list[Tensor]:
+    """Return the results as views of a flat buffer that other code may watch: a compiler, a mode, autograd."""
+    return [
+        flat.narrow(0, offset, math.prod(shape)).view(shape)
+        for shape, offset in zip(layout.shapes, layout.offsets, strict=True)
+    ]
+
+
+def _detached_views(flat: Tensor, layout: _Layout) -> list[Tensor]:
+    """Return the same in half the time, each with a version counter of its own."""
+    start = flat.storage_offset()  # as_strided counts from the beginning of the storage
+    views = []
+    for shape, offset in zip(layout.shapes, layout.offsets, strict=True):
+        strides = [1]
+        for size in shape[:0:-1]:
+            strides.append(strides[-1] * size)
+        views.append(flat.as_strided(shape, strides[::-1], start + offset).data)
+    return views
+
+
+def _fill(
+    flat: Tensor,
+    weights: Sequence[Tensor],
+    keep_out: Sequence[Tensor | None],
+    keep_in: Sequence[Tensor | None],
+    kernel_size: Sequence[KernelSize] | None,
+    layout: _Layout,
+) -> None:
+    """Write the results into `flat`, natively where there is a kernel; the arguments are valid but for index values."""
+    device = flat.device
+    if not _is_native(device, flat.dtype) or flat.shape[0] == 0:
+        _fill_reference(flat, weights, keep_out, keep_in, kernel_size, layout)
+        return
+    weights = [w if w.is_contiguous() else w.contiguous() for w in weights]
+    rows, columns = [_host_index(i) for i in keep_out], [_host_index(i) for i in keep_in]
+    table = _table(weights, rows, columns, layout)
+    if device.type == "cpu":
+        _C.materialize_cpu(table, flat.element_size(), flat.data_ptr(), flat.shape[0], torch.get_num_threads())
+        return
+    with torch.cuda.device(device):
+        packed = torch.empty(_C.materialize_pack_words(table), dtype=torch.int64, pin_memory=True)
+        blocks = _C.materialize_pack(table, flat.element_size(), flat.shape[0], packed.data_ptr())
+        on_device = packed.to(device, non_blocking=True)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _C.materialize_cuda(on_device.data_ptr(), len(weights), blocks, flat.element_size(), flat.data_ptr(), stream)
+
+
+def _host_index(index: Tensor | None) -> Tensor | None:
+    """Return the indices as contiguous int64 on the CPU."""
+    if index is None or (index.dtype is torch.int64 and index.is_cpu and index.is_contiguous()):
+        return index
+    return index.to("cpu", torch.int64).contiguous()
+
+
+def _table(
+    weights: Sequence[Tensor], rows: Sequence[Tensor | None], columns: Sequence[Tensor | None], layout: _Layout
+) -> array[int]:
+    """Describe each weight in twelve integers: ``struct Piece`` of csrc/materialize.h."""
+    table: list[int] = []
+    for weight, row, column, kept, offset in zip(weights, rows, columns, layout.shapes, layout.offsets, strict=True):
+        source, result = tuple(weight.shape), kept
+        if len(source) < 4:
+            source, result = (*source, 1, 1, 1)[:4], (*kept, 1, 1, 1)[:4]
+        row_address = 0 if row is None else row.data_ptr()
+        column_address = 0 if column is None else column.data_ptr()
+        table += (weight.data_ptr(), *source, row_address, result[0], column_address, *result[1:], offset)
+    return array("q", table)
+
+
+def _fill_reference(
+    flat: Tensor,
+    weights: Sequence[Tensor],
+    keep_out: Sequence[Tensor | None],
+    keep_in: Sequence[Tensor | None],
+    kernel_size: Sequence[KernelSize] | None,
+    layout: _Layout,
+) -> None:
+    results = []
+    for k, weight in enumerate(weights):
+        result = _select("keep_out", k, weight.detach(), 0, keep_out[k])
+        result = _select("keep_in", k, result, 1, keep_in[k])
+        crop = None if kernel_size is None else kernel_size[k]
+        if crop is not None:
+            top, left = (weight.shape[2] - crop[0]) // 2, (weight.shape[3] - crop[1]) // 2
+            result = result[:, :, top : top + crop[0], left : left + crop[1]]
+        results.append(result)
+    flat.zero_()
+    for view, result in zip(_views(flat, layout), results, strict=True):
+        view.copy_(result)
+
+
+def _select(name: str, k: int, weight: Tensor, dim: int, index: Tensor | None) -> Tensor:
+    if index is None:
+        return weight
+    channels = weight.shape[dim]
+    index = index.to(weight.device, torch.int64)
+    if not index.is_meta:
+        wrong = ((index < 0) | (index >= channels)).nonzero()
+        if wrong.numel() > 0:
+            side = "output" if dim == 0 else "input"
+            value = int(index[wrong[0, 0]])
+            raise ValueError(f"{name}[{k}]: index {value} out of range for {channels} {side} channels of weights[{k}]")
+    return weight.index_select(dim, index)
+
+
+def _flat_kernels(weights: Sequence[Tensor], kernel_size: Sequence[KernelSize] | None) -> list[int]:
+    """Write kernel sizes as a schema can hold them: two integers each, 0 for None."""
+    sizes = [None] * len(weights) if kernel_size is None else kernel_size
+    return [side for size in sizes for side in (size or (0, 0))]
+
+
+def _kernel_sizes(flat: Sequence[int]) -> list[KernelSize]:
+    return [(h, w) if h else None for h, w in zip(flat[::2], flat[1::2], strict=True)]
+
+
+_Weights = list[Tensor]
+_Keeps = list[Tensor | None]
+
+
+def _materialize_op(weights: _Weights, keep_out: _Keeps, keep_in: _Keeps, kernel_size: list[int]) -> Tensor:
+    sizes = _kernel_sizes(kernel_size)
+    layout = _check_materialize(weights, keep_out, keep_in, sizes)
+    flat = weights[0].new_empty(layout.numel)
+    _fill(flat, weights, keep_out, keep_in, sizes, layout)
+    return flat
+
+
+def _materialize_fake(weights: _Weights, keep_out: _Keeps, keep_in: _Keeps, kernel_size: list[int]) -> Tensor:
+    layout = _check_materialize(weights, keep_out, keep_in, _kernel_sizes(kernel_size))
+    return weights[0].new_empty(layout.numel)
+
+
+def _materialize_out_op(
+    weights: _Weights, keep_out: _Keeps, keep_in: _Keeps, kernel_size: list[int], out: Tensor
+) -> None:
+    sizes = _kernel_sizes(kernel_size)
+    layout = _check_materialize(weights, keep_out, keep_in, sizes)
+    _check_out(out, weights[0], layout.numel)
+    _fill(out, weights, keep_out, keep_in, sizes, layout)
+
+
+def _materialize_out_fake(
+    weights: _Weights, keep_out: _Keeps, keep_in: _Keeps, kernel_size: list[int], out: Tensor
+) -> None:
+    layout = _check_materialize(weights, keep_out, keep_in, _kernel_sizes(kernel_size))
+    _check_out(out, weights[0], layout.numel)
+
+
+# --- the distillation loss --------------------------------------------------------------------------------------------
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, kd_weight: float) -> Tensor:
+    """Return cross entropy plus distillation, L = L_hard + λ L_KD (section 3.3 of the paper), as a scalar.
+
+    L_hard is the mean cross entropy with ``labels``; L_KD is the mean over the batch of the squared Euclidean distance
+    between student and teacher logits. Differentiable, once, in ``student_logits`` alone; the gradient is made in the
+    same pass. NaN or infinite logits give the NaN or infinite loss that they give in torch.
+
+    Args:
+        student_logits: (N, C), C >= 1; float32, float64, float16 or bfloat16. With N = 0 the loss is 0.
+        teacher_logits: (N, C), of the same dtype and device.
+        labels: (N,), int64, in [0, C), on the same device.
+        kd_weight: λ.
+
+    Returns:
+        (): float64 for float64 logits, else float32; accumulated in that precision within a row, in double over rows,
+        and the same to the last bit for any number of threads.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came. On a GPU, where seeing a label's value would
+            mean waiting for the device, a label out of range gives a NaN loss instead.
+    """
+    needs_grad = student_logits.requires_grad and torch.is_grad_enabled()
+    if not _on_short_path((student_logits, teacher_logits, labels)):
+        loss, _, _ = torch.ops.n2n_fast.kd_loss(
+            student_logits, teacher_logits.detach(), labels, float(kd_weight), needs_grad
+        )
+        return loss  # type: ignore[no-any-return]
+    if needs_grad:
+        return _KdLoss.apply(student_logits, teacher_logits, labels, kd_weight)  # type: ignore[no-any-return]
+    return _kd_loss_op(student_logits, teacher_logits, labels, kd_weight, False)[0]
+
+
+def kd_loss_and_grad(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, kd_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of ``kd_loss``, its gradient and the number of correct rows, in one pass over the logits.
+
+    For loops that seed autograd themselves, with ``student_logits.backward(grad)``; nothing returned requires grad.
+    Arguments and errors are those of ``kd_loss``.
+
+    Returns:
+        loss: (), as of ``kd_loss``.
+        grad: (N, C), d loss / d student_logits, contiguous, in the logits' dtype.
+        correct: (), int64, rows whose label's logit is the first of their largest; a row with NaN is not correct.
+    """
+    if _on_short_path((student_logits, teacher_logits, labels)):
+        return _kd_loss_op(student_logits, teacher_logits, labels, kd_weight, True)
+    loss, grad, correct = torch.ops.n2n_fast.kd_loss(
+        student_logits.detach(), teacher_logits.detach(), labels, float(kd_weight), True
+    )
+    return loss, grad, correct
+
+
+def kd_loss_reference(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, kd_weight: float) -> Tensor:
+    """Do what ``kd_loss`` does, in plain torch; differentiable as often as wanted."""
+    _check_kd_loss(student_logits, teacher_logits, labels)
+    _check_labels(labels, student_logits.shape[1])
+    precise = _loss_dtype(student_logits.dtype)
+    student, teacher = student_logits.to(precise), teacher_logits.detach().to(precise)
+    hard = F.cross_entropy(student, labels, reduction="sum")
+    return (hard + kd_weight * (student - teacher).square().sum()) / max(1, student.shape[0])
+
+
+def kd_loss_and_grad_reference(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, kd_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what ``kd_loss_and_grad`` does, in plain torch."""
+    student = student_logits.detach()
+    loss = kd_loss_reference(student, teacher_logits, labels, kd_weight)
+    precise = _loss_dtype(student.dtype)
+    wide = student.to(precise)
+    distance = wide - teacher_logits.detach().to(precise)
+    log_probabilities = wide.log_softmax(1)
+    grad = log_probabilities.exp()
+    grad[torch.arange(len(labels), device=labels.device), labels] -= 1
+    grad = ((grad + 2 * kd_weight * distance) / max(1, student.shape[0])).to(student.dtype)
+    cross_entropy = log_probabilities.gather(1, labels[:, None])[:, 0]
+    correct = ((student.argmax(1) == labels) & ~cross_entropy.isnan()).sum()
+    return loss, grad, correct
+
+
+def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _check_kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
+    """Validate everything but the values of labels."""
+    shape, dtype, device = student.shape, student.dtype, student.device
+    if dtype not in _DTYPE_CODES:
+        raise ValueError(f"student_logits: expected float32, float64, float16 or bfloat16, got {dtype}")
+    if len(shape) != 2 or shape[1] < 1:
+        raise ValueError(f"student_logits: expected shape (N, C) with C >= 1, got {tuple(shape)}")
+    if teacher.shape != shape:
+        raise ValueError(
+            f"teacher_logits: expected shape {tuple(shape)}, as student_logits, got {tuple(teacher.shape)}"
+        )
+    if teacher.dtype is not dtype:
+        raise ValueError(f"teacher_logits: expected {dtype}, as student_logits, got {teacher.dtype}")
+    if teacher.device != device:
+        raise ValueError(
+            f"teacher_logits: expected a tensor on {device}, as student_logits, got one on {teacher.device}"
+        )
+    if labels.dtype is not torch.int64:
+        raise ValueError(f"labels: expected torch.int64, got {labels.dtype}")
+    if labels.shape != shape[:1]:
+        raise ValueError(f"labels: expected shape {tuple(shape[:1])}, one for each row, got {tuple(labels.shape)}")
+    if labels.device != device:
+        raise ValueError(f"labels: expected a tensor on {device}, as student_logits, got one on {labels.device}")
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    if labels.is_meta:
+        return
+    wrong = ((labels < 0) | (labels >= classes)).nonzero()
+    if wrong.numel() > 0:
+        position = int(wrong[0, 0])
+        raise ValueError(f"labels[{position}]: {int(labels[position])} out of range for {classes} classes")
+
+
+def _kd_loss_op(
+    student: Tensor, teacher: Tensor, labels: Tensor, kd_weight: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute (loss, grad, correct); without `with_grad` the grad is (0, C)."""
+    _check_kd_loss(student, teacher, labels)
+    device, dtype = student.device, student.dtype
+    if not _is_native(device, dtype):
+        loss, grad, correct = kd_loss_and_grad_reference(student, teacher, labels, kd_weight)
+        return loss, (grad if with_grad else grad[:0].clone()), correct
+    student, teacher, labels = student.contiguous(), teacher.contiguous(), labels.contiguous()
+    rows, classes = student.shape
+    grad = torch.empty((rows if with_grad else 0, classes), dtype=dtype, device=device)
+    loss = torch.empty((), dtype=_loss_dtype(dtype), device=device)
+    correct = torch.empty((), dtype=torch.int64, device=device)
+    arguments = (
+        *(_DTYPE_CODES[dtype], rows, classes, student.data_ptr(), teacher.data_ptr(), labels.data_ptr(), kd_weight),
+        *(grad.data_ptr(), loss.data_ptr(), correct.data_ptr()),
+    )
+    if device.type == "cpu":
+        _C.kd_loss_cpu(*arguments, torch.get_num_threads(), _C.BEST_SIMD)
+        return loss, grad, correct
+    with torch.cuda.device(device):
+        workspace = torch.empty(_C.KD_LOSS_WORKSPACE_WORDS, dtype=torch.int64, device=device)
+        _C.kd_loss_cuda(*arguments, workspace.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
+    return loss, grad, correct
+
+
+def _kd_loss_fake(
+    student: Tensor, teacher: Tensor, labels: Tensor, kd_weight: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_kd_loss(student, teacher, labels)
+    rows, classes = student.shape
+    grad = student.new_empty((rows if with_grad else 0, classes))
+    return student.new_empty((), dtype=_loss_dtype(student.dtype)), grad, labels.new_empty(())
+
+
+class _KdLoss(Function):
+    """The eager short path: the forward pass makes the gradient, the backward pass scales it."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, student: Tensor, teacher: Tensor, labels: Tensor, kd_weight: float) -> Tensor:
+        loss, grad, _ = _kd_loss_op(student, teacher, labels, kd_weight, True)
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled():  # create_graph=True: a gradient without a graph would be wrong without a word
+            raise RuntimeError("kd_loss is differentiable once; kd_loss_reference has higher derivatives")
+        (grad,) = ctx.saved_tensors
+        # The usual seed is 1; on the CPU looking costs less than multiplying.
+        scaled = grad if grad_loss.is_cpu and grad_loss.item() == 1.0 else grad * grad_loss
+        return scaled, None, None, None
+
+
+def _setup_kd_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, grad, correct = output
+    ctx.mark_non_differentiable(grad, correct)
+    ctx.save_for_backward(grad)
+
+
+def _kd_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
+    (grad,) = ctx.saved_tensors
+    return grad * grad_loss, None, None, None, None
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+
+def _register() -> None:
+    cut = "Tensor[] weights, Tensor?[] keep_out, Tensor?[] keep_in, SymInt[] kernel_size"
+    loss = "Tensor student_logits, Tensor teacher_logits, Tensor labels, float kd_weight, bool with_grad"
+    operators = (
+        ("materialize", f"({cut}) -> Tensor", _materialize_op, _materialize_fake),
+        ("materialize_out", f"({cut}, Tensor(a!) out) -> ()", _materialize_out_op, _materialize_out_fake),
+        ("kd_loss", f"({loss}) -> (Tensor loss, Tensor grad, Tensor correct)", _kd_loss_op, _kd_loss_fake),
+    )
+    for name, schema, real, fake in operators:
+        torch.library.define(f"n2n_fast::{name}", schema)
+        torch.library.impl(f"n2n_fast::{name}", "default", real)
+        torch.library.register_fake(f"n2n_fast::{name}", fake)
+    torch.library.register_autograd("n2n_fast::kd_loss", _kd_loss_backward, setup_context=_setup_kd_loss)
+
+
+_register()

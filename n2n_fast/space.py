@@ -1,0 +1,172 @@
+"""ArchitectureSpace: the states and transitions of the search, and the students they stand for (sections 3.1, 3.2)."""
+
+import math
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from n2n_fast.errors import DegenerateArchitecture
+from n2n_fast.graph import KINDS, Architecture, Layer, TracedTeacher, crop, smallest_kernel
+from n2n_fast.student import StudentFactory, randomize
+
+INITS = ("inherit", "random")
+
+
+class ArchitectureSpace:
+    """All networks that removing and shrinking the layers of one teacher can give.
+
+    teacher: nn.Module with one image input. example_input: (N, C, H, W), N >= 1, the images it will see.
+    leaf: paths of submodules to be treated as one opaque layer each.
+    Raises BadInput if the teacher cannot be traced or does not accept the images.
+    """
+
+    layers: tuple[Layer, ...]
+    teacher: Architecture
+    warnings: tuple[str, ...]
+
+    def __init__(self, teacher: nn.Module, example_input: Tensor, *, leaf: Iterable[str] = ()) -> None:
+        self._traced = TracedTeacher(teacher, example_input, leaf)
+        self._factory = StudentFactory(self._traced)
+        self._smallest = tuple(smallest_kernel(module) for module in self._traced.modules)
+        self._classes_of: dict[tuple[bool, ...], list[dict[int, int]]] = {}
+        self.layers = self._traced.layers
+        self.warnings = self._traced.warnings
+        self.teacher = self._architecture(
+            (True,) * len(self.layers),
+            tuple(int(n) for n in self._traced.sizes),
+            tuple(layer.kernel_size for layer in self.layers),
+        )
+
+    def remove(self, arch: Architecture, keep: Sequence[bool]) -> Architecture:
+        """Stage 1's transition: drop the layers whose `keep` is false.
+
+        keep: one bool per layer; entries of fixed layers are ignored. What entered a removed layer leaves it
+        unchanged, so the channels on both its sides become one group, as wide as the narrowest of them.
+        Raises DegenerateArchitecture where their widths cannot meet.
+        """
+        self._check_length("keep", keep)
+        kept = tuple(
+            before and (bool(now) or not layer.removable)
+            for before, now, layer in zip(arch.keep, keep, self.layers, strict=True)
+        )
+        widths = list(arch.widths)
+        for factors in self._classes(kept):
+            if len(factors) == 1:
+                continue
+            unit = min(arch.widths[g] // factor for g, factor in factors.items())
+            for g, factor in factors.items():
+                widths[g] = unit * factor
+                if unit < 1 or (self._traced.pinned[g] and widths[g] != self._traced.sizes[g]):
+                    raise DegenerateArchitecture("the channels on both sides of a removed layer cannot meet")
+        return self._architecture(kept, tuple(widths), arch.kernels)
+
+    def shrink(
+        self, arch: Architecture, channels: Sequence[float], kernels: Sequence[float] | None = None
+    ) -> Architecture:
+        """Stage 2's transition: scale widths and kernel sizes.
+
+        channels, kernels: ratios in (0, 1] of the given architecture's, one per layer. The first kept layer that
+        writes a group decides its width; a kernel is cropped to an odd size; other entries are ignored.
+        """
+        for name, ratios in (("channels", channels), ("kernels", kernels)):
+            if ratios is not None:
+                self._check_length(name, ratios)
+                wrong = [i for i, ratio in enumerate(ratios) if not 0 < ratio <= 1]
+                if wrong:
+                    raise ValueError(f"{name}[{wrong[0]}]: expected a ratio in (0, 1], got {ratios[wrong[0]]}")
+        widths, sizes = list(arch.widths), list(arch.kernels)
+        for factors in self._classes(arch.keep):
+            decider = self._decider(factors, arch.keep)
+            if decider is not None:
+                g, factor = next(iter(factors.items()))
+                unit = max(1, round(arch.widths[g] // factor * channels[decider]))
+                for g, factor in factors.items():
+                    widths[g] = unit * factor
+        if kernels is not None:
+            sizes = [
+                crop(size, smallest, ratio) if kept and size else size
+                for size, smallest, ratio, kept in zip(sizes, self._smallest, kernels, arch.keep, strict=True)
+            ]
+        return self._architecture(arch.keep, tuple(widths), tuple(sizes))
+
+    def choices(self, arch: Architecture) -> tuple[list[bool], list[bool]]:
+        """Which layers' channel ratios and which layers' kernel ratios change anything in `shrink`."""
+        deciders = {self._decider(factors, arch.keep) for factors in self._classes(arch.keep)}
+        kernels = [
+            kept and size != smallest
+            for kept, size, smallest in zip(arch.keep, arch.kernels, self._smallest, strict=True)
+        ]
+        return [i in deciders for i in range(len(self.layers))], kernels
+
+    def build(self, arch: Architecture, init: str | None = None) -> fx.GraphModule:
+        """The student of an architecture, in evaluation mode, on the teacher's device and of its dtype.
+
+        init: "inherit" cuts the teacher's weights (the default), "random" draws new ones from torch's generator.
+        Its parameters are its own; its fx graph is shared with the space: deepcopy the student before editing that.
+        """
+        if init not in (None, *INITS):
+            raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
+        student = self._factory.build(arch, [list(factors) for factors in self._classes(arch.keep)])
+        if init == "random":
+            randomize(student)
+        return student
+
+    def features(self) -> Tensor:
+        """x_t of every layer, (layers, features) float32: kind as one-hot, sizes on a logarithmic scale near [0, 1]."""
+        rows = []
+        for layer in self.layers:
+            sizes = (max(size, default=0) for size in (layer.kernel_size, layer.stride, layer.padding))
+            numbers = (*sizes, layer.out_channels, layer.skip_start, layer.skip_end)
+            scales = (8, 4, 4, 2048, 64, 64)
+            scaled = [math.log1p(n) / math.log1p(scale) for n, scale in zip(numbers, scales, strict=True)]
+            rows.append([float(layer.kind == kind) for kind in KINDS] + scaled)
+        return torch.tensor(rows)
+
+    def _architecture(
+        self, keep: tuple[bool, ...], widths: tuple[int, ...], kernels: tuple[tuple[int, ...], ...]
+    ) -> Architecture:
+        params, macs = self._traced.cost(keep, widths, kernels)
+        return Architecture(keep, widths, kernels, params, macs)
+
+    def _check_length(self, name: str, values: Sequence[object]) -> None:
+        if len(values) != len(self.layers):
+            raise ValueError(f"{name}: expected {len(self.layers)} entries, one per layer, got {len(values)}")
+
+    def _decider(self, factors: dict[int, int], keep: Sequence[bool]) -> int | None:
+        """The first kept layer that writes a group of the class; None if the class cannot shrink."""
+        if any(self._traced.pinned[g] for g in factors):
+            return None
+        return min((i for g in factors for i in self._traced.writers[g] if keep[i]), default=None)
+
+    def _classes(self, keep: tuple[bool, ...]) -> list[dict[int, int]]:
+        """Groups that removals make one: {group: factor} with width = factor · (the class's common number)."""
+        if keep not in self._classes_of:
+            self._classes_of[keep] = self._unite(keep)
+        return self._classes_of[keep]
+
+    def _unite(self, keep: tuple[bool, ...]) -> list[dict[int, int]]:
+        neighbours: list[list[tuple[int, Fraction]]] = [[] for _ in self._traced.sizes]
+        for i in np.flatnonzero(~np.array(keep)):
+            for g, m, h, n in self._traced.relations(int(i)) or ():
+                neighbours[g].append((h, Fraction(m, n)))
+                neighbours[h].append((g, Fraction(n, m)))
+        seen: dict[int, Fraction] = {}
+        classes = []
+        for start in range(len(neighbours)):
+            if start in seen:
+                continue
+            seen[start] = Fraction(1)
+            members = [start]
+            for g in members:
+                for h, ratio in neighbours[g]:
+                    if h not in seen:
+                        members.append(h)
+                    if seen.setdefault(h, seen[g] * ratio) != seen[g] * ratio:
+                        raise DegenerateArchitecture("removed layers ask contradictory widths of a channel group")
+            scale = math.lcm(*(seen[g].denominator for g in members))
+            common = math.gcd(*(int(seen[g] * scale) for g in members))
+            classes.append({g: int(seen[g] * scale) // common for g in members})
+        return classes

@@ -1,0 +1,72 @@
+"""The build: what is declared, what is refused, and that torch has no part in it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CMAKE = shutil.which("cmake")
+needs_cmake = pytest.mark.skipif(CMAKE is None or shutil.which("ninja") is None, reason="needs cmake and ninja")
+
+
+def configure(build: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is only installed where the package is built")
+    command = [str(CMAKE), "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
+    paths = [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
+    env = os.environ | environment
+    return subprocess.run([*command, *paths, *options], capture_output=True, text=True, check=False, env=env)
+
+
+@needs_cmake
+def test_without_cuda(tmp_path):
+    done = configure(tmp_path, "-DN2N_FAST_CUDA=OFF")
+    assert done.returncode == 0, done.stderr
+    assert "n2n_fast: CUDA  for ''" in done.stdout
+
+
+@needs_cmake
+def test_cuda_that_is_wanted_but_not_there_is_an_error(tmp_path):
+    done = configure(tmp_path, "-DN2N_FAST_CUDA=ON", CUDACXX=str(tmp_path / "no-such-compiler"))
+    assert done.returncode != 0
+    assert "N2N_FAST_CUDA=ON, but CMake found no CUDA compiler" in " ".join(done.stderr.split())
+
+
+@needs_cmake
+def test_an_unknown_choice_is_an_error(tmp_path):
+    done = configure(tmp_path, "-DN2N_FAST_CUDA=maybe")
+    assert done.returncode != 0
+    assert "expected AUTO, ON or OFF, got 'maybe'" in " ".join(done.stderr.split())
+
+
+def test_native_sources_know_neither_torch_nor_python():
+    for source in (ROOT / "csrc").iterdir():
+        includes = re.findall(r'#include [<"]([^>"]+)', source.read_text())
+        assert not [i for i in includes if i.startswith(("torch/", "ATen/", "c10/"))], source.name
+        if source.name != "bindings.cpp":
+            assert not [i for i in includes if i.startswith(("pybind11/", "Python"))], source.name
+
+
+def test_only_ops_imports_the_native_module():
+    users = [
+        p.name for p in (ROOT / "n2n_fast").glob("*.py") if re.search(r"import _C\b|n2n_fast\._C\b", p.read_text())
+    ]
+    assert users == ["ops.py"]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler")
+@pytest.mark.parametrize("name", ["kd_loss", "materialize"])
+def test_kernels_do_not_spill_registers(name, tmp_path):
+    arch = ["-gencode", "arch=compute_90,code=sm_90"]
+    command = ["nvcc", "-std=c++17", "-O3", *arch, "-Xptxas", "-v", "-c", str(ROOT / "csrc" / f"{name}.cu")]
+    done = subprocess.run([*command, "-o", str(tmp_path / "x.o")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
+    assert len(spills) >= 3
+    assert set(spills) == {"0"}
