@@ -4,7 +4,7 @@ from n2n_fast.data import Augmentation, ImageData, from_tensors, load
 from n2n_fast.errors import BadInput, DegenerateArchitecture
 from n2n_fast.graph import Architecture, Layer
 from n2n_fast.ops import build_info, kd_loss, kd_loss_and_grad, materialize
-from n2n_fast.search import Progress, Result, Rollout, SearchConfig, compress, load_student
+from n2n_fast.search import Result, Rollout, SearchConfig, SearchProgress, compress, load_student
 from n2n_fast.space import ArchitectureSpace
 
 __version__ = "0.1.0"
@@ -16,10 +16,10 @@ __all__ = [
     "DegenerateArchitecture",
     "ImageData",
     "Layer",
-    "Progress",
     "Result",
     "Rollout",
     "SearchConfig",
+    "SearchProgress",
     "build_info",
     "compress",
     "from_tensors",

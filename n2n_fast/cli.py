@@ -3,8 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,11 +16,12 @@ import n2n_fast
 from n2n_fast import report, teacher
 from n2n_fast.data import ImageData, accuracy, load
 from n2n_fast.errors import BadInput
-from n2n_fast.search import Progress, Rollout, SearchConfig, compress, load_student
+from n2n_fast.search import Rollout, SearchConfig, SearchProgress, compress, load_student
 from n2n_fast.space import ArchitectureSpace
 
 INFEASIBLE = 3
 INTERRUPTED = 130
+LINE_SECONDS = 20.0  # between lines of progress where there is no terminal
 DIGITS = "digits"
 DEFAULTS = {field.name: field.default for field in fields(SearchConfig)}
 # What suits 1,797 images of 8x8 pixels: an epoch is ten steps.
@@ -158,7 +158,8 @@ def run(
                        epochs=DIGITS_TEACHER_EPOCHS, seed=config.seed)  # fmt: skip
     teacher.check_fits(model.to(device), images)
     start = time.perf_counter()
-    result = compress(model, images, config, out or _free_directory(), _Bar())
+    with _Bar() as bar:
+        result = compress(model, images, config, out or _free_directory(), bar)
     click.echo("\n" + report.result_table(result.table))
     click.echo(f"\n{result.out}: student.pt2, student.pt, result.json; {time.perf_counter() - start:.0f} s")
     if not result.feasible:
@@ -315,16 +316,9 @@ def _load(
 
 def _teach(model: nn.Module, images: ImageData, **options: Any) -> nn.Module:
     """Train a teacher under a progress bar."""
-    bar = _Bar()
     start = time.perf_counter()
-    with bar.shown():
-
-        def step(done: teacher.TeachProgress) -> None:
-            if done.step <= 10:
-                bar.stage("training the teacher", done.steps)
-            bar.step(done.step, done.loss, done.accuracy)
-
-        model = teacher.train_teacher(model, images, device=images.train.images.device, progress=step, **options)
+    with _Bar() as bar:
+        model = teacher.train_teacher(model, images, progress=bar, **options)
     click.echo(f"teacher trained in {time.perf_counter() - start:.0f} s")
     return model
 
@@ -333,46 +327,57 @@ def _free_directory() -> Path:
     return next(path for number in range(1, sys.maxsize) if not (path := Path("runs") / str(number)).exists())
 
 
-class _Bar(Progress):
-    """Progress on stderr: one bar for each part of the work."""
+class _Bar(SearchProgress):
+    """Progress on stderr: a bar for each part of the work; now and then a line where that is no terminal."""
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._done = 0
-        self._start = 0.0
+        self._name, self._length, self._done = "", 0, 0
+        self._start = self._told = 0.0
 
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self._close()
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
 
     def message(self, text: str) -> None:
         self._close()
         click.echo(text)
 
-    def stage(self, name: str, rollouts: int) -> None:
+    def stage(self, name: str, length: int) -> None:
         self._close()
-        self._bar = click.progressbar(
-            length=rollouts, label=f"{name:<28}", file=sys.stderr, item_show_func=lambda item: item, width=24
-        )
-        self._bar.__enter__()
-        self._done, self._start = 0, time.perf_counter()
+        self._name, self._length, self._done = name, length, 0
+        self._start = self._told = time.perf_counter()
+        if sys.stderr.isatty():
+            self._bar = click.progressbar(
+                length=length, label=f"{name:<30}", file=sys.stderr, item_show_func=lambda text: text, width=20
+            )
+            self._bar.__enter__()
 
     def rollout(self, rollout: Rollout, best: Rollout | None, compression: float | None) -> None:
         rate = 60 * (self._done + 1) / (time.perf_counter() - self._start)
         shown = "" if best is None or compression is None else f", best {best.reward:.3f} at {compression:.1f}x"
-        self._advance(self._done + 1, f"reward {rollout.reward:.3f}{shown}, {rate:.0f} rollouts/min")
+        self._advance(self._done + 1, f"reward {rollout.reward:.3f}{shown}, {rate:.1f} rollouts/min")
 
     def step(self, step: int, loss: float, accuracy: float) -> None:
         self._advance(step, f"loss {loss:.3f}, accuracy {accuracy:.1%}")
 
     def _advance(self, done: int, text: str) -> None:
-        self._bar.update(done - self._done, text)
+        now = time.perf_counter()
+        if self._bar is not None:
+            self._bar.update(done - self._done, text)
+        elif now - self._told > LINE_SECONDS or done == self._length:
+            left = (now - self._start) / done * (self._length - done)
+            click.echo(f"{self._name}: {done}/{self._length}, {text}, {left:.0f} s left", err=True)
+            self._told = now
         self._done = done
 
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
             self._bar = None
+
+
+if __name__ == "__main__":
+    main()

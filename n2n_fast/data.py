@@ -399,14 +399,14 @@ class Batches:
     def __init__(
         self,
         split: Split,
-        teacher_logits: Callable[[Tensor], Tensor],
+        teacher_logits: Callable[[Tensor], Tensor] | None,
         epochs: float,
         batch_size: int,
         augmentation: Augmentation | None,
         seed: int,
         channels_last: bool = True,
     ) -> None:
-        """teacher_logits: images (n, C, H, W) -> logits (n, classes), best a `TeacherLogits` of this split."""
+        """teacher_logits: images (n, C, H, W) -> logits (n, classes), best a `TeacherLogits` of this split; or none."""
         self.schedule = Schedule(split, epochs, batch_size, augmentation, seed, channels_last)
         self._teacher_logits = teacher_logits
         self._memo: list[Tensor] = []
@@ -415,12 +415,14 @@ class Batches:
         """Number of steps."""
         return len(self.schedule)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield images (n, C, H, W) float32, labels (n,) int64 and teacher logits (n, classes)."""
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield images (n, C, H, W) float32, labels (n,) int64 and teacher logits (n, classes) or None."""
         for step, (index, images, labels) in enumerate(self.schedule):
             yield images, labels, self._logits(step, index, images)
 
-    def _logits(self, step: int, index: Tensor, images: Tensor) -> Tensor:
+    def _logits(self, step: int, index: Tensor, images: Tensor) -> Tensor | None:
+        if self._teacher_logits is None:
+            return None
         if self.schedule.augmentation is None and isinstance(self._teacher_logits, TeacherLogits):
             return self._teacher_logits.whole()[index]
         if step == len(self._memo):
@@ -875,7 +877,7 @@ _SOURCES = {
         _read_cifar, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), crop=1 / 8, flip=True, downloadable=True
     ),
     "svhn": _Source(_read_svhn, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), crop=1 / 8, downloadable=True),
-    "fashion-mnist": _Source(_read_fashion_mnist, (0.2860,), (0.3530,), crop=1 / 14, flip=True, downloadable=True),
+    "fashion-mnist": _Source(_read_fashion_mnist, (0.2860,), (0.3530,), flip=True, downloadable=True),
     "imagefolder": _Source(
         _read_imagefolder,
         (0.485, 0.456, 0.406),

@@ -4,7 +4,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,19 @@ from n2n_fast import ops
 CHECK_EVERY = 10
 WARM_UP = 0.2
 CLIP = 5.0  # norm of a gradient: a student far from its teacher has a very steep distillation loss
+
+
+class Progress:
+    """What a long piece of work tells while it goes on; override what you want to show."""
+
+    def message(self, text: str) -> None:
+        """Something worth a line happened."""
+
+    def stage(self, name: str, length: int) -> None:
+        """A part of the work begins: so many rollouts, or so many steps where it is a training."""
+
+    def step(self, step: int, loss: float, accuracy: float) -> None:
+        """So many steps of a training are done; loss and accuracy are means since the last call."""
 
 
 class BatchSource(Protocol):
@@ -35,13 +48,12 @@ def fit(
     learning_rate: float,
     kd_weight: float = 0.0,
     weight_decay: float = 5e-4,
-    progress: Callable[[int, float, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> nn.Module:
     """Train `model` in place by SGD on cross entropy plus kd_weight times the distillation loss; left in eval mode.
 
     Teacher logits of None leave the distillation out. The learning rate climbs to its peak over the first fifth of
-    the steps, then falls to 0 along a cosine. progress: called every ten steps with the step, the mean loss and the
-    accuracy since the last call. Raises Diverged.
+    the steps, then falls to 0 along a cosine. `progress.step` is called every ten steps. Raises Diverged.
     """
     # Images come channels_last, weights stay contiguous: oneDNN then computes channels_last all the same, while its
     # backward pass for channels_last weights of 1x1 stride-2 convolutions with odd widths corrupts memory (torch 2.15).
@@ -67,13 +79,13 @@ def fit(
     return model.eval()
 
 
-def _report(step: int, tally: Tensor, progress: Callable[[int, float, float], None] | None) -> None:
+def _report(step: int, tally: Tensor, progress: Progress | None) -> None:
     loss, correct, images = tally.tolist()
     tally.zero_()
     if not math.isfinite(loss):
         raise Diverged(f"the loss is {loss} at step {step}")
     if progress is not None:
-        progress(step, loss / images, correct / images)
+        progress.step(step, loss / images, correct / images)
 
 
 def _scheduled(peak: float, step: int, steps: int) -> float:

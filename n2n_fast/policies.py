@@ -25,19 +25,20 @@ class RemovalPolicy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (layers, features) -> logit of keeping each layer, (layers,)."""
         logits: Tensor = self.head(self.lstm(x[None])[0])
-        return logits[0, :, 0]
+        return logits.flatten()
 
     @torch.no_grad()
     def sample(self, x: Tensor, mask: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """Actions (count, layers) int64; 1 wherever mask, (layers,) bool, is false."""
-        keep = torch.rand(count, len(x), generator=generator) < self(x).sigmoid()
+        keep: Tensor = torch.rand(count, len(x), generator=generator) < self(x).sigmoid()
         return (keep | ~mask).long()
 
     def log_prob(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
         """Log-probability of each of the action sequences (count, layers), (count,)."""
         logits = self(x).expand(len(actions), -1)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, actions.to(logits.dtype), reduction="none")
-        return -(loss * mask).sum(1)
+        masked: Tensor = loss * mask
+        return -masked.sum(1)
 
 
 class ShrinkagePolicy(nn.Module):

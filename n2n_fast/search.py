@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from n2n_fast.data import Batches, ImageData, TeacherLogits, accuracy
-from n2n_fast.distill import Diverged, fit, latency_ms, recalibrate, seeded
+from n2n_fast.distill import Diverged, Progress, fit, latency_ms, recalibrate, seeded
 from n2n_fast.errors import BadInput, DegenerateArchitecture
 from n2n_fast.graph import Architecture
 from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy
@@ -93,20 +94,11 @@ class Rollout:
     error: str | None = None
 
 
-class Progress:
+class SearchProgress(Progress):
     """What `compress` tells while it works; override what you want to show."""
-
-    def message(self, text: str) -> None:
-        """Something worth a line happened."""
-
-    def stage(self, name: str, rollouts: int) -> None:
-        """A part of the work of so many rollouts (of training steps in "training ...") begins."""
 
     def rollout(self, rollout: Rollout, best: Rollout | None, compression: float | None) -> None:
         """A rollout was evaluated; compression: how many times fewer params than the teacher the best has."""
-
-    def step(self, step: int, loss: float, accuracy: float) -> None:
-        """So many steps of a training are done."""
 
 
 @dataclass(frozen=True)
@@ -169,19 +161,19 @@ def compress(
     data: ImageData,
     config: SearchConfig | None = None,
     out: str | os.PathLike[str] = "runs/n2n",
-    progress: Progress | None = None,
+    progress: SearchProgress | None = None,
 ) -> Result:
     """Search for the student of best reward, train it fully and write the run directory `out`.
 
     teacher: a trained classifier of images (N, C, H, W); `data` on its device. The test split is read once, at the
     end. On a CPU the same seed gives the same result. Raises BadInput where teacher, data or `out` cannot be used.
     """
-    return _Search(teacher, data, config or SearchConfig(), Path(out), progress or Progress()).run()
+    return _Search(teacher, data, config or SearchConfig(), Path(out), progress or SearchProgress()).run()
 
 
 class _Search:
     def __init__(
-        self, teacher: nn.Module, data: ImageData, config: SearchConfig, out: Path, progress: Progress
+        self, teacher: nn.Module, data: ImageData, config: SearchConfig, out: Path, progress: SearchProgress
     ) -> None:
         self.config, self.data, self.progress = config, data, progress
         self.constraints = Constraints(config.max_params, config.min_accuracy)
@@ -304,7 +296,7 @@ class _Search:
         arch: Architecture,
         batches: Batches,
         seed: int,
-        progress: Callable[[int, float, float], None] | None = None,
+        progress: Progress | None = None,
     ) -> fx.GraphModule:
         """The student of `arch`, its norms re-estimated and trained on `batches`. Raises Diverged."""
         with seeded(seed, self.device):
@@ -323,7 +315,7 @@ class _Search:
         batches = self._batches(self.config.final_epochs, f"{stage} final")
         self.progress.stage(f"training the best of {stage}", len(batches))
         try:
-            return self._trained(space, arch, batches, _seed(self.config.seed, stage, "final"), self.progress.step)
+            return self._trained(space, arch, batches, _seed(self.config.seed, stage, "final"), self.progress)
         except Diverged as error:
             raise BadInput(f"the training of the best student diverged ({error}); lower --learning-rate") from None
 
@@ -393,9 +385,11 @@ def load_student(run: str | os.PathLike[str]) -> nn.Module:
     path = Path(run) / "student.pt2"
     if not path.is_file():
         raise BadInput(f"{run}: no student.pt2 in it; give the directory of a finished run")
+    if not zipfile.is_zipfile(path):
+        raise BadInput(f"{path}: not a student, or a truncated one; run the search again")
     try:
         return torch.export.load(path).module()
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
         raise BadInput(f"{path}: not a readable student ({str(error).splitlines()[0]})") from None
 
 

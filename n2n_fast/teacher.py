@@ -1,12 +1,12 @@
 """Teachers: made anew, trained, and read from files whose architecture is inferred from their keys and shapes."""
 
-import contextlib
 import importlib
 import inspect
 import math
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from n2n_fast.data import ImageData, Schedule
+from n2n_fast.data import Batches, ImageData
+from n2n_fast.distill import Diverged, Progress, fit, seeded
 from n2n_fast.errors import BadInput
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "teacher")
@@ -104,7 +105,7 @@ def create(
     cifar_stem: for torchvision's ResNets, a 3x3 first convolution of stride 1 and no max-pooling, for small images.
     image_size: pixels of square images that it must be able to take. Raises BadInput.
     """
-    with _seeded(seed, torch.device("cpu")):
+    with seeded(seed, torch.device("cpu")):
         model = _make(arch, classes, channels, cifar_stem)
     if image_size is not None:
         _try_forward(model, torch.zeros(2, channels, image_size, image_size), f"{arch}")
@@ -222,16 +223,6 @@ def _check_class_count(name: str, has: int, wanted: int) -> None:
 # Training
 
 
-@dataclass(frozen=True)
-class TeachProgress:
-    """How far a training is: steps done and to do, mean loss and training accuracy (0..1) since the last report."""
-
-    step: int
-    steps: int
-    loss: float
-    accuracy: float
-
-
 def train_teacher(
     model: nn.Module,
     data: ImageData,
@@ -240,92 +231,31 @@ def train_teacher(
     batch_size: int = 128,
     learning_rate: float = 0.1,
     weight_decay: float = 5e-4,
-    label_smoothing: float = 0.0,
     seed: int = 0,
-    device: torch.device | str = "cpu",
-    progress: Callable[[TeachProgress], None] | None = None,
+    progress: Progress | None = None,
 ) -> nn.Module:
-    """Train `model` in place on `data.train` by SGD and return it in eval mode, with the last step's weights.
+    """Train `model` in place on `data.train`, on the data's device, as `distill.fit` does; return it in eval mode.
 
-    The learning rate climbs to `learning_rate` over the first fifth of the steps, then falls to 0 along a cosine.
-    Validation and test images are not touched. On a CPU the same seed gives the same weights. `progress` is called
-    every ten steps and after the last. Raises BadInput where the loss ceases to be finite.
+    Keeps the last step's weights. Validation and test images are not touched. On a CPU the same seed gives the same
+    weights. Raises BadInput where the loss ceases to be finite.
     """
-    device = torch.device(device)
-    schedule = Schedule(data.train.to(device), epochs, batch_size, data.augmentation, seed)
     if len(data.train) < 2:
         raise BadInput(f"{data.name}: 1 training image; batch normalisation needs at least 2")
-    model.to(device).train()
-    optimizer = torch.optim.SGD(_decayed(model, weight_decay), learning_rate, momentum=0.9, nesterov=True, fused=True)
-    tally = torch.zeros(3, device=device)  # loss, correct, images since the last report
-    with _seeded(seed, device):
-        for step, (_, images, labels) in enumerate(schedule):
-            for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(step, len(schedule), learning_rate)
-            with mixed_precision(device):
-                logits = model(images)
-            loss = functional.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            correct = (logits.detach().argmax(1) == labels).sum()
-            tally += torch.stack([loss.detach() * len(labels), correct, torch.full_like(correct, len(labels))])
-            if (step + 1) % 10 == 0 or step + 1 == len(schedule):
-                _report(step + 1, len(schedule), tally, progress)
-    return model.eval()
-
-
-def _decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: biases and norms, which are vectors, are not decayed; it slows short trainings."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
-def _learning_rate(step: int, steps: int, peak: float) -> float:
-    """The rate of step 0..steps-1."""
-    done = (step + 0.5) / steps
-    warm_up = 0.2
-    return peak * (
-        done / warm_up if done < warm_up else 0.5 + 0.5 * math.cos(math.pi * (done - warm_up) / (1 - warm_up))
-    )
-
-
-def _report(step: int, steps: int, tally: Tensor, progress: Callable[[TeachProgress], None] | None) -> None:
-    """Tell `progress`, start a new tally, and stop a training that has diverged."""
-    loss, correct, images = tally.tolist()
-    tally.zero_()
-    if not math.isfinite(loss):
-        raise BadInput(f"the training diverged: the loss is {loss} at step {step} of {steps}; lower the learning rate")
+    device = data.train.images.device
+    batches = Batches(data.train, None, epochs, batch_size, data.augmentation, seed)
     if progress is not None:
-        progress(TeachProgress(step, steps, loss / images, correct / images))
-
-
-def mixed_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to bfloat16 where the hardware multiplies it natively, else no autocast.
-
-    The hardware decides, never a timing, so that runs repeat. A CPU needs AMX: without it bfloat16 convolutions are
-    emulated, several times slower than float32.
-    """
-    if device.type == "cuda":
-        enabled = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        enabled = device.type == "cpu" and bool(has_amx())
-    return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's own generators (initial weights, dropout), and put their states back afterwards."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
+        progress.stage("training the teacher", len(batches))
+    with seeded(seed, device):
+        try:
+            return fit(
+                model.to(device),
+                batches,
+                learning_rate=learning_rate,
+                weight_decay=weight_decay,
+                progress=progress,
+            )
+        except Diverged as error:
+            raise BadInput(f"the training diverged: {error} of {len(batches)}; lower the learning rate") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,7 +307,9 @@ def _class_count(model: nn.Module) -> int:
 def _read(path: str | Path, allow_pickle: bool) -> Any:
     """What torch.load gives, or BadInput."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickles, which are refused below
+            return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except FileNotFoundError as error:
         raise BadInput(f"{path} does not exist; give a file that torch.save wrote") from error
     except IsADirectoryError as error:

@@ -521,7 +521,7 @@ def test_fashion_mnist(folder: str, packed: bool, tmp_path: Path) -> None:
     assert fashion.test is not None
     assert torch.equal(fashion.test.images[:, 0], torch.from_numpy(pixels))
     assert fashion.test.labels.tolist() == [i % 10 for i in range(40)]
-    assert fashion.augmentation == Augmentation(crop=2, flip=True)
+    assert fashion.augmentation == Augmentation(crop=0, flip=True)
     assert fashion.test.batch(torch.arange(2))[0].shape == (2, 3, 28, 28)
     assert sorted(tmp_path.rglob("*")) == before
 

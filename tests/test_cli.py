@@ -1,0 +1,266 @@
+"""The command line, run in this process as a user would run it."""
+
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from n2n_fast import cli
+from n2n_fast.distill import seeded
+from n2n_fast.teacher import SmallResNet
+
+QUICK = ("--updates", "1", "--rollouts", "2", "--epochs", "0.2", "--final-epochs", "0.2")
+
+
+@pytest.fixture
+def invoke(monkeypatch, capsys, tmp_path):
+    """Run the command line in an empty directory: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["n2n-fast", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        output = capsys.readouterr()
+        return stop.value.code, output.out, output.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def digits_teacher(tmp_path_factory):
+    """The file of a teacher trained by the command line, and what that printed."""
+    out = tmp_path_factory.mktemp("teacher") / "digits.pt"
+    printed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["n2n-fast", "teach", "--arch", "digits_resnet", "--epochs", "4", "--out", str(out)])
+        patch.setattr(cli.click, "echo", lambda text="", err=False: printed.append((str(text), err)))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert stop.value.code == 0
+    return out, printed
+
+
+def test_teach_run_evaluate(digits_teacher, invoke, tmp_path):
+    teacher, printed = digits_teacher
+    taught = [text for text, err in printed if not err]
+    assert any("test accuracy" in text for text in taught)
+    code, out, err = invoke("run", "--teacher", teacher, *QUICK, "--out", "here")
+    assert code == 0, err
+    result = json.loads((tmp_path / "here" / "result.json").read_text())
+    assert f"{result['student']['params']:,}" in out
+    assert f"{result['student']['test_accuracy']:.2%}" in out
+    assert f"{result['compression']:.1f}x" in out
+    assert "rollouts/min" in err
+    code, out, err = invoke("evaluate", "here")
+    assert code == 0, err
+    assert f"test accuracy {result['student']['test_accuracy']:.2%} on 359 images" in out
+
+
+def test_unmet_limits_end_with_3(digits_teacher, invoke, tmp_path):
+    code, _, err = invoke("run", "--teacher", digits_teacher[0], *QUICK, "--max-params", "5", "--out", "here")
+    assert code == 3
+    assert "nearest" in err
+    assert (tmp_path / "here" / "student.pt2").exists()
+
+
+def test_runs_are_numbered(invoke, tmp_path):
+    (tmp_path / "runs" / "1").mkdir(parents=True)
+    assert cli._free_directory().name == "2"
+
+
+def test_inspect(invoke):
+    code, out, err = invoke("inspect", "--arch", "resnet18", "--image-size", "32")
+    assert code == 0, err
+    assert "layer4.0.downsample.0" in out
+    assert "changes the resolution" in out
+    assert "11,689,512 params" in out
+    code, out, _ = invoke("inspect", "--arch", "resnet18", "--image-size", "32", "--json")
+    content = json.loads(out)
+    assert code == 0
+    assert content["params"] == 11_689_512
+    assert content["layers"][0]["note"] == "first layer"
+
+
+def save_state(path, **changed):
+    with seeded(0, torch.device("cpu")):
+        state = SmallResNet(2, 10, 1).state_dict()
+    torch.save({**state, **changed}, path)
+    return path
+
+
+class Payload:
+    """A pickle that would leave a file behind if it were run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def missing(tmp_path):
+    return ("run", "--teacher", tmp_path / "no.pt"), "does not exist"
+
+
+def truncated(tmp_path):
+    whole = save_state(tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    return ("run", "--teacher", tmp_path / "cut.pt"), "cut.pt"
+
+
+def empty(tmp_path):
+    (tmp_path / "empty.pt").touch()
+    return ("run", "--teacher", tmp_path / "empty.pt"), "empty.pt"
+
+
+def text(tmp_path):
+    (tmp_path / "text.pt").write_text("not a network\n")
+    return ("run", "--teacher", tmp_path / "text.pt"), "text.pt"
+
+
+def directory(tmp_path):
+    return ("run", "--teacher", tmp_path), "director"
+
+
+def hostile(tmp_path):
+    (tmp_path / "hostile.pt").write_bytes(pickle.dumps(Payload(str(tmp_path / "payload"))))
+    return ("run", "--teacher", tmp_path / "hostile.pt"), "torch.save"
+
+
+def hostile_in_torch_file(tmp_path):
+    torch.save({"weight": Payload(str(tmp_path / "payload"))}, tmp_path / "hostile.pt")
+    return ("run", "--teacher", tmp_path / "hostile.pt"), "allow-pickle"
+
+
+def unknown_network(tmp_path):
+    torch.save({"strange.weight": torch.zeros(3, 3)}, tmp_path / "strange.pt")
+    return ("run", "--teacher", tmp_path / "strange.pt"), "strange.weight"
+
+
+def nan_weights(tmp_path):
+    save_state(tmp_path / "nan.pt", **{"fc.bias": torch.full((10,), float("nan"))})
+    return ("run", "--teacher", tmp_path / "nan.pt"), "fc.bias"
+
+
+def untrained(tmp_path):
+    return ("run", "--teacher", save_state(tmp_path / "new.pt")), "--mean"
+
+
+def npz(tmp_path, **arrays):
+    np.savez(tmp_path / "set.npz", **arrays)
+    return ("run", "--teacher", save_state(tmp_path / "t.pt"), "--data", f"npz:{tmp_path / 'set.npz'}")
+
+
+def empty_set(tmp_path):
+    return npz(tmp_path, x=np.zeros((0, 8, 8), np.uint8), y=np.zeros(0, np.int64)), "no images"
+
+
+def other_classes(tmp_path):
+    images = np.zeros((40, 8, 8), np.uint8)
+    return npz(tmp_path, x=images, y=np.arange(40) % 4), "10 classes apart but the data has 4"
+
+
+def bad_label(tmp_path):
+    images = np.zeros((40, 8, 8), np.uint8)
+    return npz(tmp_path, x=images, y=np.arange(40) - 1), "label -1"
+
+
+def nan_images(tmp_path):
+    images = np.full((40, 8, 8), np.nan, np.float32)
+    return npz(tmp_path, x=images, y=np.arange(40) % 10), "NaN"
+
+
+def no_set(tmp_path):
+    return (
+        "run",
+        "--teacher",
+        save_state(tmp_path / "t.pt"),
+        "--data",
+        f"cifar10:{tmp_path / 'nowhere'}",
+    ), "--download"
+
+
+def unknown_set(tmp_path):
+    return ("run", "--teacher", save_state(tmp_path / "t.pt"), "--data", "imagenet22k"), "imagenet22k"
+
+
+def no_teacher(tmp_path):
+    return ("run", "--data", f"cifar10:{tmp_path}"), "teach"
+
+
+def small_images(tmp_path):
+    torch.save(__import__("torchvision").models.vgg11(num_classes=10).state_dict(), tmp_path / "vgg.pt")
+    return ("run", "--teacher", tmp_path / "vgg.pt", "--image-size", "8"), "--image-size"
+
+
+def unwritable(tmp_path):
+    (tmp_path / "file").touch()
+    return ("run", "--teacher", save_state(tmp_path / "t.pt"), "--out", tmp_path / "file" / "run"), "--out"
+
+
+def option_value(tmp_path):
+    return ("run", "--updates", "many"), "--updates"
+
+
+def option_range(tmp_path):
+    return ("run", "--kd-weight", "-1"), "kd_weight"
+
+
+def mean_value(tmp_path):
+    return ("run", "--mean", "0.5,x"), "--mean"
+
+
+def device(tmp_path):
+    return ("run", "--device", "abacus"), "--device"
+
+
+def command(tmp_path):
+    return ("ruin",), "ruin"
+
+
+def no_run(tmp_path):
+    return ("evaluate", tmp_path), "finished run"
+
+
+def nothing_to_inspect(tmp_path):
+    return ("inspect",), "--arch"
+
+
+def existing_teacher(tmp_path):
+    (tmp_path / "mine.pt").write_text("precious")
+    return ("teach", "--out", tmp_path / "mine.pt"), "exists already"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(missing, truncated, empty, text, directory, hostile, hostile_in_torch_file, unknown_network, nan_weights),
+        *(untrained, empty_set, other_classes, bad_label, nan_images, no_set, unknown_set, no_teacher, small_images),
+        *(unwritable, option_value, option_range, mean_value, device, command, no_run, nothing_to_inspect),
+        existing_teacher,
+    ],
+    ids=lambda case: case.__name__,
+)
+def test_bad_input_is_one_line_and_exit_code_2(case, invoke, tmp_path):
+    args, expected = case(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, _, err = invoke(*args)
+    assert code == 2, err
+    assert expected in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_interrupt_ends_with_130(invoke, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load", interrupted)
+    code, _, err = invoke("run")
+    assert code == 130
+    assert err.strip() == "interrupted"

@@ -1,0 +1,131 @@
+"""Training, norm statistics and latency of one student."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from n2n_fast import distill
+from n2n_fast.data import Batches, from_tensors
+from n2n_fast.distill import Diverged, Progress, fit, latency_ms, recalibrate, seeded
+
+
+def separable(count=256, size=6):
+    """Two classes told apart by brightness."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 2
+    images = torch.randn(count, 1, size, size, generator=generator) + 2.0 * labels.view(-1, 1, 1, 1)
+    return from_tensors("separable", (images, labels), seed=0)
+
+
+def network(seed=0):
+    with seeded(seed, torch.device("cpu")):
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 2),
+        )
+
+
+def batches(data, logits=None, epochs=4.0):
+    return Batches(data.train, logits or (lambda images: torch.zeros(len(images), 2)), epochs, 16, None, seed=0)
+
+
+def test_learns_the_labels():
+    seen = []
+
+    class Listener(Progress):
+        def step(self, *told):
+            seen.append(told)
+
+    model = fit(network(), batches(separable()), learning_rate=0.05, progress=Listener())
+    assert not model.training
+    assert seen[-1][0] == len(batches(separable()))
+    assert seen[-1][1] < seen[0][1]
+    assert seen[-1][2] > 0.9
+
+
+def test_distillation_pulls_towards_the_teacher():
+    data, teacher = separable(), network(1).eval()
+    apart = []
+    for weight in (0.0, 1.0):
+        student = fit(network(2), batches(data, teacher, epochs=8), learning_rate=0.05, kd_weight=weight)
+        with torch.no_grad():
+            images = data.validation.batch(torch.arange(len(data.validation)))[0]
+            apart.append(float((student(images) - teacher(images)).square().sum(1).mean()))
+    assert apart[1] < 0.25 * apart[0]
+
+
+def test_same_batches_same_weights():
+    students = [fit(network(), batches(separable(), network(1).eval()), learning_rate=0.1) for _ in range(2)]
+    for a, b in zip(*(student.state_dict().values() for student in students), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_divergence_is_told():
+    with pytest.raises(Diverged, match="loss is"):
+        fit(network(), batches(separable()), learning_rate=1e30)
+
+
+def test_recalibration_is_the_plain_mean_of_batch_statistics():
+    model = network()
+    images = torch.randn(40, 1, 6, 6)
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    model[1].running_mean.fill_(7.0)
+    recalibrate(model, images.split(20))
+    with torch.no_grad():
+        hidden = [model[0](part) for part in images.split(20)]
+    means = torch.stack([h.mean((0, 2, 3)) for h in hidden]).mean(0)
+    deviations = torch.stack([h.var((0, 2, 3)) for h in hidden]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, means)
+    torch.testing.assert_close(model[1].running_var, deviations)
+    assert model[1].momentum == 0.1
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(before[k], v) for k, v in model.named_parameters())
+
+
+def test_recalibration_leaves_a_net_without_norms_alone():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    untouched = itertools.repeat(torch.zeros(0))  # would fail if it were run, and never end
+    assert recalibrate(model, untouched) is model
+
+
+def test_latency_is_a_finite_number_of_milliseconds():
+    value = latency_ms(network(), torch.zeros(2, 1, 6, 6), seconds=0.02)
+    assert 0 < value < 1e4
+    assert math.isfinite(value)
+
+
+def test_seeded_puts_the_state_back():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    with seeded(5, torch.device("cpu")):
+        inside = torch.rand(1)
+    assert torch.equal(torch.rand(1), expected)
+    with seeded(5, torch.device("cpu")):
+        assert torch.equal(torch.rand(1), inside)
+
+
+def test_the_learning_rate_climbs_and_falls():
+    rates = [distill._scheduled(0.5, step, 100) for step in range(1, 101)]
+    peak = rates.index(max(rates))
+    assert 18 <= peak <= 21
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert 0.49 < rates[peak] <= 0.5
+    assert 0 < rates[-1] < 1e-3
+    assert 0 < distill._scheduled(0.5, 1, 1) <= 0.5
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_bfloat16_only_where_the_hardware_has_it(amx, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    with distill.mixed_precision(torch.device("cpu")):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if amx else torch.float32)
