@@ -6,11 +6,12 @@ tied is one *unit*, kept or dropped as a whole; units that occur equally often o
 of which any number may be kept. So an architecture is a number of units per group, and every shape follows from it.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,12 +19,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from n2n_fast.errors import BadInput
 
 KINDS = ("conv", "depthwise", "linear", "norm", "activation", "pool", "reshape", "dropout", "opaque")
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+NORMS = (*BATCH_NORMS, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 POOLS = (
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
@@ -112,11 +115,14 @@ class Architecture:
         try:
             raw = json.loads(text)
             return cls(
-                keep=tuple(bool(k) for k in raw["keep"]),
-                widths=tuple(int(w) for w in raw["widths"]),
-                kernels=tuple(tuple(int(k) for k in kernel) for kernel in raw["kernels"]),
-                params=int(raw["params"]),
-                macs=int(raw["macs"]),
+                keep=tuple(_checked(keep, bool) for keep in _checked(raw["keep"], list)),
+                widths=tuple(_checked(width, int, 1) for width in _checked(raw["widths"], list)),
+                kernels=tuple(
+                    tuple(_checked(size, int, 1) for size in _checked(kernel, list))
+                    for kernel in _checked(raw["kernels"], list)
+                ),
+                params=_checked(raw["params"], int, 0),
+                macs=_checked(raw["macs"], int, 0),
             )
         except (ValueError, TypeError, KeyError) as error:
             raise BadInput(f"not an architecture written by n2n-fast: {error!r}") from None
@@ -128,24 +134,37 @@ class Architecture:
         return hashlib.sha256(content).hexdigest()[:12]
 
 
+def _checked(value: Any, kind: type, least: int | None = None) -> Any:
+    """Return `value` if it is exactly of this type and not below `least`; ValueError otherwise."""
+    wrong: bool = type(value) is not kind or (least is not None and value < least)
+    if wrong:
+        raise ValueError(f"{value!r} where a {kind.__name__} was expected")
+    return value
+
+
 @dataclass(frozen=True)
 class Channels:
-    """The channel axis of a tensor: its dimension and the label of each of its channels."""
+    """The channel axis of a tensor: its dimension and the label of each of its channels.
+
+    repeat: after a flatten, the number of positions at which each channel stands in a row.
+    """
 
     dim: int
     labels: np.ndarray
+    repeat: int = 1
 
 
 @dataclass
 class LayerChannels:
     """Labels on both sides of a layer, and its output positions per image (summed over its calls).
 
-    input and output are None for layers without channels of their own meaning (opaque ones).
+    input and output are None for layers without channels of their own meaning (opaque ones). repeat: of the input.
     """
 
     input: np.ndarray | None
     output: np.ndarray | None
     positions: int
+    repeat: int = 1
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -166,21 +185,21 @@ class _Tracer(fx.Tracer):
 def trace(teacher: nn.Module, leaf: Iterable[str] = ()) -> fx.GraphModule:
     """The teacher as an fx graph without in-place operators, identities or sizes frozen into views.
 
-    Shares the teacher's modules and tensors, and leaves the teacher untouched. Raises BadInput where fx cannot follow.
+    Shares the teacher's tensors, not its modules, and leaves it untouched. Raises BadInput where fx cannot follow.
     """
-    training = teacher.training
-    teacher.eval()
     try:
-        graph = _Tracer(leaf).trace(teacher)
+        with evaluating(teacher):
+            graph = _Tracer(leaf).trace(teacher)
     except Exception as error:  # noqa: BLE001 - the user's own forward may raise anything
         raise BadInput(
             f"the teacher's forward cannot be traced ({_first_line(error)}, {_origin(error)}); "
             "name the submodule that branches on data as `leaf`"
         ) from None
-    finally:
-        teacher.train(training)
     traced = fx.GraphModule(teacher, graph)
+    for name in {str(node.target) for node in graph.nodes if node.op == "call_module"}:
+        set_submodule(traced, name, shallow_copy(traced.get_submodule(name)))
     _rewrite_in_place(traced)
+    _make_dropouts_modules(traced)
     _erase_identities(traced)
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
@@ -205,26 +224,23 @@ def _origin(error: Exception) -> str:
 
 def _rewrite_in_place(traced: fx.GraphModule) -> None:
     """Make every in-place operator out of place; what read the changed tensor afterwards reads the new one."""
-    for order, node in enumerate(traced.graph.nodes):
-        node.meta["order"] = order
+    modules = {name for name, module in traced.named_modules() if getattr(module, "inplace", False)}
+    order = {node: i for i, node in enumerate(traced.graph.nodes)}
     for node in traced.graph.nodes:
-        if not _become_out_of_place(traced, node):
+        if not _become_out_of_place(node, modules):
             continue
         changed = node.args[0]
         for user in list(changed.users):
-            if user.meta["order"] > node.meta["order"]:
+            if order[user] > order[node]:
                 user.replace_input_with(changed, node)
+    for name in modules:
+        traced.get_submodule(name).inplace = False  # type: ignore[assignment]
 
 
-def _become_out_of_place(traced: fx.GraphModule, node: fx.Node) -> bool:
+def _become_out_of_place(node: fx.Node, modules: set[str]) -> bool:
+    """Rewrite an operator or method that works in place, and tell whether this node does; modules: those that do."""
     if node.op == "call_module":
-        module = traced.get_submodule(str(node.target))
-        if not getattr(module, "inplace", False):
-            return False
-        copied = shallow_copy(module)
-        copied.inplace = False  # type: ignore[assignment]
-        set_submodule(traced, str(node.target), copied)
-        return True
+        return node.target in modules
     if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
         node.target = str(node.target)[:-1]
         return True
@@ -237,6 +253,17 @@ def _become_out_of_place(traced: fx.GraphModule, node: fx.Node) -> bool:
     return False
 
 
+def _make_dropouts_modules(traced: fx.GraphModule) -> None:
+    """Functional dropout was traced for evaluation, hence for good; as modules, students drop out in training."""
+    kinds = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
+    for node in traced.graph.nodes:
+        if node.op == "call_function" and node.target in kinds and isinstance(node.args[0], fx.Node):
+            probability = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+            name = f"functional_{node.name}"
+            traced.add_submodule(name, kinds[node.target](probability).eval())
+            node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
+
+
 def _erase_identities(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), nn.Identity):
@@ -245,10 +272,27 @@ def _erase_identities(traced: fx.GraphModule) -> None:
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """A module that shares tensors and children with `module`, but none of its dictionaries."""
+    """A module in eval mode that shares the tensors of `module`, but none of its dictionaries, children or hooks."""
     copied: nn.Module = module.__class__.__new__(module.__class__)
-    copied.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()})
+    for name, value in module.__dict__.items():
+        is_hooks = "_hooks" in name and isinstance(value, dict)
+        copied.__dict__[name] = type(value)() if is_hooks else value.copy() if isinstance(value, dict) else value
+    copied.training = False
+    for name, child in module._modules.items():
+        copied._modules[name] = None if child is None else shallow_copy(child)
     return copied
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for as long as the context lasts; then each submodule has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -275,17 +319,13 @@ def shapes_of(traced: fx.GraphModule, teacher: nn.Module, example: Tensor) -> di
     """Shapes of all tensors for a batch of two; checks that the traced graph computes what the teacher does."""
     example = torch.cat([example[:1], example[:1]])
     interpreter = _Shapes(traced)
-    training = teacher.training
-    teacher.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(teacher):
             expected = teacher(example)
             got = interpreter.run(example)
     except (RuntimeError, ValueError, TypeError) as error:
         shape = "x".join(map(str, example.shape[1:]))
         raise BadInput(f"the teacher does not accept images of {shape}: {_first_line(error)}") from None
-    finally:
-        teacher.train(training)
     if isinstance(expected, Tensor) and not torch.equal(expected, got) and bool(expected.isfinite().all()):
         raise BadInput(
             "the traced teacher computes something else than the teacher: its forward depends on hidden state"
@@ -359,6 +399,8 @@ class _Labels:
     def _module(self, node: fx.Node, module: nn.Module) -> Channels | None:
         if len(node.all_input_nodes) != 1 or node not in self.shapes:
             return self._opaque(node, type(module).__name__)
+        if parametrize.is_parametrized(module) or module._forward_pre_hooks:  # weight norm: its weight is computed
+            return self._opaque(node, f"the parametrization of {type(module).__name__}")
         source = node.all_input_nodes[0]
         if isinstance(module, CONVS):
             return self._weighted(node, 1, module.in_channels, module.out_channels, module.groups)
@@ -414,7 +456,8 @@ class _Labels:
         positions = math.prod(shape[1:]) // len(made) if made is not None and len(made) else 0
         known = self.layers.get(str(node.target))
         if known is None:
-            self.layers[str(node.target)] = LayerChannels(given, made, positions)
+            value = self.values[node.all_input_nodes[0]]
+            self.layers[str(node.target)] = LayerChannels(given, made, positions, value.repeat if value else 1)
             return
         known.positions += positions
         if not list(self.traced.get_submodule(str(node.target)).parameters()):
@@ -505,7 +548,8 @@ class _Labels:
             if flat and value is not None and value.dim == 1:
                 if node.op != "call_module":  # sizes written as numbers would not fit a narrower student
                     node.op, node.target, node.args, node.kwargs = "call_function", torch.flatten, (source, 1), {}
-                return Channels(1, np.repeat(value.labels, math.prod(before[2:])))
+                positions = math.prod(before[2:])
+                return Channels(1, np.repeat(value.labels, positions), value.repeat * positions)
         return self._unknown(node)
 
 
@@ -535,7 +579,9 @@ class TracedTeacher:
     module: the traced graph, sharing the teacher's tensors. layers: one per leaf module, in order of first call.
     axes: the distinct channel axes of all layers, each an array of unit numbers; in_axis, out_axis: index of each
     layer's, -1 without. group_of: group of each unit. sizes, pinned: units per group, and whether all must stay.
-    writers: for each group the weighted layers whose outputs it names. warnings: what was not understood.
+    writers: for each group the weighted layers whose outputs it names. fittable: layers whose weights can be fitted to
+    their inputs; repeats: how often each input channel stands in a row; norm_after: the batch norm that alone reads the
+    output. largest_activation: numbers per image. warnings: what was not understood.
     """
 
     def __init__(self, teacher: nn.Module, example: Tensor, leaf: Iterable[str] = ()) -> None:
@@ -550,7 +596,12 @@ class TracedTeacher:
         self.modules = tuple(self.module.get_submodule(name) for name in self.names)
         self._units(labels)
         self._costs(labels)
-        self.layers = self._layers(labels, shapes)
+        calls: dict[str, list[fx.Node]] = {name: [] for name in self.names}
+        for node in self.module.graph.nodes:
+            if node.op == "call_module":
+                calls[str(node.target)].append(node)
+        self.layers = self._layers(labels, shapes, calls)
+        self._neighbours(labels, shapes, calls)
 
     def _units(self, labels: _Labels) -> None:
         """Number the units and gather them in groups; express every layer's axes in units."""
@@ -634,18 +685,33 @@ class TracedTeacher:
 
     # Layers and their features
 
-    def _layers(self, labels: _Labels, shapes: dict[fx.Node, tuple[int, ...]]) -> tuple[Layer, ...]:
-        calls: dict[str, list[fx.Node]] = {name: [] for name in self.names}
-        for node in self.module.graph.nodes:
-            if node.op == "call_module":
-                calls[str(node.target)].append(node)
+    def _neighbours(
+        self, labels: _Labels, shapes: dict[fx.Node, tuple[int, ...]], calls: dict[str, list[fx.Node]]
+    ) -> None:
+        """What fitting a layer's weights needs to know of its surroundings."""
+        index = {name: i for i, name in enumerate(self.names)}
+        self.largest_activation = max(math.prod(shape) // 2 for shape in shapes.values())
+        self.repeats = [layer.repeat for layer in labels.layers.values()]
+        self.fittable, self.norm_after = [], []
+        for i, name in enumerate(self.names):
+            call = calls[name][0]
+            flat = not isinstance(self.modules[i], nn.Linear) or len(shapes[call.all_input_nodes[0]]) == 2
+            self.fittable.append(bool(self.dense_input[i]) and len(calls[name]) == 1 and flat)
+            users = [str(user.target) for user in call.users if user.op == "call_module"]
+            norms = [index[user] for user in users if isinstance(self.modules[index[user]], BATCH_NORMS)]
+            self.norm_after.append(norms[0] if norms and len(call.users) == 1 else None)
+
+    def _layers(
+        self, labels: _Labels, shapes: dict[fx.Node, tuple[int, ...]], calls: dict[str, list[fx.Node]]
+    ) -> tuple[Layer, ...]:
         weighted = [i for i, module in enumerate(self.modules) if isinstance(module, (*CONVS, nn.Linear))]
+        ends = weighted[:1], weighted[-1:]
         skips = _skips(self.module.graph, {name: i for i, name in enumerate(self.names)})
         deciders = {writers[0] for g, writers in enumerate(self.writers) if writers and not self.pinned[g]}
         layers = []
         for i, (name, module) in enumerate(zip(self.names, self.modules, strict=True)):
-            first = bool(weighted) and i == weighted[0]
-            note = "first layer" if first else self._why_fixed(i, [(n, shapes) for n in calls[name]])
+            note = "first layer" if i in ends[0] else "classifier" if i in ends[1] else ""
+            note = note or self._why_fixed(i, [(n, shapes) for n in calls[name]])
             kernel = tuple(kernel_size(module))
             layers.append(
                 Layer(

@@ -22,7 +22,7 @@ from n2n_fast.errors import BadInput, DegenerateArchitecture
 from n2n_fast.graph import Architecture
 from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy
 from n2n_fast.reward import DEGENERATE, Constraints, reward
-from n2n_fast.space import ArchitectureSpace
+from n2n_fast.space import INITS, ArchitectureSpace
 from n2n_fast.student import independent_copy
 
 STAGES = {"both": ("removal", "shrinkage"), "removal": ("removal",), "shrinkage": ("shrinkage",)}
@@ -37,9 +37,10 @@ class SearchConfig:
     rollouts: int = 5  # students evaluated for each update
     epochs: float = 1.0  # a rollout's student is trained for this many epochs; may be a fraction
     final_epochs: float = 10.0  # for the best student of each stage
-    init: str = "inherit"  # what students start from: inherit or random
+    init: str = "reconstructed"  # what students start from: reconstructed, calibrated, inherit or random
     batch_size: int = 128
-    learning_rate: float = 0.05  # peak, for every student
+    learning_rate: float = 0.02  # peak, for a rollout's student: fitted weights want small steps
+    final_learning_rate: float = 0.05  # peak, for the best student of each stage
     kd_weight: float = 0.1  # λ in L = L_hard + λ L_KD
     ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of stage 2, ending with 1
     keep_probability: float = 0.8  # of stage 1's untrained policy
@@ -50,17 +51,17 @@ class SearchConfig:
     baseline_decay: float = 0.8  # of the moving average of rewards
     max_params: int | None = None
     min_accuracy: float | None = None  # on the validation split, in [0, 1]
-    calibration_images: int = 512  # for batch norm statistics
+    calibration_images: int = 512  # unlabelled, for fitted weights and batch norm statistics
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise BadInput for values that no search can use."""
         rules: dict[str, tuple[bool, str]] = {
             "stages": (self.stages in STAGES, f"one of {', '.join(STAGES)}"),
-            "init": (self.init in ("inherit", "random"), "inherit or random"),
+            "init": (self.init in INITS, f"one of {', '.join(INITS)}"),
             **{name: (getattr(self, name) >= 1, "at least 1") for name in ("updates", "rollouts", "batch_size")},
             **{name: (0 <= getattr(self, name) < math.inf, "at least 0") for name in ("epochs", "final_epochs")},
-            "learning_rate": (0 < self.learning_rate < math.inf, "above 0"),
+            **{n: (0 < getattr(self, n) < math.inf, "above 0") for n in ("learning_rate", "final_learning_rate")},
             "kd_weight": (0 <= self.kd_weight < math.inf, "at least 0"),
             "ratios": (
                 len(self.ratios) > 0 and self.ratios[-1] == 1 and all(0 < r <= 1 for r in self.ratios),
@@ -181,7 +182,7 @@ class _Search:
         self.calibration = self._calibration_images()
         teacher = copy.deepcopy(teacher).eval().to(self.device)
         self.out = _claim(out)
-        space = ArchitectureSpace(teacher, self.calibration)
+        space = self._space(teacher)
         self.teacher = _Reference(
             module=teacher,
             params=space.teacher.params,
@@ -200,11 +201,15 @@ class _Search:
         with (self.out / "history.jsonl").open("w", encoding="utf-8") as history:
             for name in STAGES[self.config.stages]:
                 # stage 2 starts from the trained student of stage 1
-                space = ArchitectureSpace(student, self.calibration) if chosen else self.space
+                space = self._space(student) if chosen else self.space
                 best = self._search(self._stage(name, space), history)
                 chosen.append((name, space, best.architecture))
                 student = self._train_best(name, space, best.architecture)
         return self._finish(student, chosen)
+
+    def _space(self, teacher: nn.Module) -> ArchitectureSpace:
+        fits = self.config.init in ("reconstructed", "calibrated")
+        return ArchitectureSpace(teacher, self.calibration[:2], self.calibration if fits else None)
 
     # One stage
 
@@ -267,7 +272,8 @@ class _Search:
             arch = stage.architecture_of(actions)
             if arch.params >= self.teacher.params:
                 raise DegenerateArchitecture("no smaller than the teacher")
-            found = accuracy(self._trained(stage.space, arch, stage.batches, seed), self.data.validation)
+            student = self._trained(stage.space, arch, stage.batches, self.config.learning_rate, seed)
+            found = accuracy(student, self.data.validation)
             value = reward(found, arch.params, self.teacher.accuracy, self.teacher.params)
             violation = self.constraints.violation(arch.params, found)
             value = value if violation == 0 else self.constraints.anneal(value, update)
@@ -295,17 +301,19 @@ class _Search:
         space: ArchitectureSpace,
         arch: Architecture,
         batches: Batches,
+        learning_rate: float,
         seed: int,
         progress: Progress | None = None,
     ) -> fx.GraphModule:
         """The student of `arch`, its norms re-estimated and trained on `batches`. Raises Diverged."""
         with seeded(seed, self.device):
             student = space.build(arch, self.config.init)
-            recalibrate(student, torch.split(self.calibration, 128))
+            if self.config.init != "reconstructed":  # which has done so on the way
+                recalibrate(student, torch.split(self.calibration, 128))
             fit(
                 student,
                 batches,
-                learning_rate=self.config.learning_rate,
+                learning_rate=learning_rate,
                 kd_weight=self.config.kd_weight,
                 progress=progress,
             )
@@ -314,10 +322,13 @@ class _Search:
     def _train_best(self, stage: str, space: ArchitectureSpace, arch: Architecture) -> fx.GraphModule:
         batches = self._batches(self.config.final_epochs, f"{stage} final")
         self.progress.stage(f"training the best of {stage}", len(batches))
+        seed = _seed(self.config.seed, stage, "final")
         try:
-            return self._trained(space, arch, batches, _seed(self.config.seed, stage, "final"), self.progress)
+            return self._trained(space, arch, batches, self.config.final_learning_rate, seed, self.progress)
         except Diverged as error:
-            raise BadInput(f"the training of the best student diverged ({error}); lower --learning-rate") from None
+            raise BadInput(
+                f"the training of the best student diverged ({error}); lower --final-learning-rate"
+            ) from None
 
     def _batches(self, epochs: float, purpose: str) -> Batches:
         config, data = self.config, self.data

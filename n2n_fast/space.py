@@ -8,17 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from n2n_fast.calibration import Calibration
 from n2n_fast.errors import DegenerateArchitecture
 from n2n_fast.graph import KINDS, Architecture, Layer, TracedTeacher, crop, smallest_kernel
 from n2n_fast.student import StudentFactory, randomize
 
-INITS = ("inherit", "random")
+INITS = ("calibrated", "reconstructed", "inherit", "random")
 
 
 class ArchitectureSpace:
     """All networks that removing and shrinking the layers of one teacher can give.
 
     teacher: nn.Module with one image input. example_input: (N, C, H, W), N >= 1, the images it will see.
+    calibration: unlabelled training images (M, C, H, W) to which students' weights are fitted, a few hundred.
     leaf: paths of submodules to be treated as one opaque layer each.
     Raises BadInput if the teacher cannot be traced or does not accept the images.
     """
@@ -27,9 +29,18 @@ class ArchitectureSpace:
     teacher: Architecture
     warnings: tuple[str, ...]
 
-    def __init__(self, teacher: nn.Module, example_input: Tensor, *, leaf: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        example_input: Tensor,
+        calibration: Tensor | None = None,
+        *,
+        leaf: Iterable[str] = (),
+    ) -> None:
         self._traced = TracedTeacher(teacher, example_input, leaf)
-        self._factory = StudentFactory(self._traced)
+        self._calibration = None if calibration is None else Calibration(self._traced, calibration)
+        saliency = None if self._calibration is None else self._calibration.saliency()
+        self._factory = StudentFactory(self._traced, saliency)
         self._smallest = tuple(smallest_kernel(module) for module in self._traced.modules)
         self._classes_of: dict[tuple[bool, ...], list[dict[int, int]]] = {}
         self.layers = self._traced.layers
@@ -47,6 +58,7 @@ class ArchitectureSpace:
         unchanged, so the channels on both its sides become one group, as wide as the narrowest of them.
         Raises DegenerateArchitecture where their widths cannot meet.
         """
+        self._check(arch)
         self._check_length("keep", keep)
         kept = tuple(
             before and (bool(now) or not layer.removable)
@@ -71,6 +83,7 @@ class ArchitectureSpace:
         channels, kernels: ratios in (0, 1] of the given architecture's, one per layer. The first kept layer that
         writes a group decides its width; a kernel is cropped to an odd size; other entries are ignored.
         """
+        self._check(arch)
         for name, ratios in (("channels", channels), ("kernels", kernels)):
             if ratios is not None:
                 self._check_length(name, ratios)
@@ -94,7 +107,12 @@ class ArchitectureSpace:
 
     def choices(self, arch: Architecture) -> tuple[list[bool], list[bool]]:
         """Which layers' channel ratios and which layers' kernel ratios change anything in `shrink`."""
-        deciders = {self._decider(factors, arch.keep) for factors in self._classes(arch.keep)}
+        self._check(arch)
+        deciders = {
+            self._decider(factors, arch.keep)
+            for factors in self._classes(arch.keep)
+            if all(arch.widths[g] > factor for g, factor in factors.items())  # a single unit cannot shrink
+        }
         kernels = [
             kept and size != smallest
             for kept, size, smallest in zip(arch.keep, arch.kernels, self._smallest, strict=True)
@@ -104,18 +122,30 @@ class ArchitectureSpace:
     def build(self, arch: Architecture, init: str | None = None) -> fx.GraphModule:
         """The student of an architecture, in evaluation mode, on the teacher's device and of its dtype.
 
-        init: "inherit" cuts the teacher's weights (the default), "random" draws new ones from torch's generator.
+        init: "calibrated" fits the weights to the teacher's activations, the default where calibration images were
+        given; "reconstructed" fits them to the student's own, layer by layer, which also re-estimates its batch norms;
+        "inherit" cuts the teacher's, the default otherwise; "random" draws new ones from torch's generator.
         Its parameters are its own; its fx graph is shared with the space: deepcopy the student before editing that.
         """
-        if init not in (None, *INITS):
+        self._check(arch)
+        init = init or ("inherit" if self._calibration is None else "calibrated")
+        if init not in INITS:
             raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
-        student = self._factory.build(arch, [list(factors) for factors in self._classes(arch.keep)])
+        kept = self._factory.kept_channels(arch, [list(factors) for factors in self._classes(arch.keep)])
+        student = self._factory.build(arch, kept)
         if init == "random":
             randomize(student)
+        elif init != "inherit":
+            if self._calibration is None:
+                raise ValueError(f"init: {init!r} needs the space to be made with calibration images")
+            # moments know nothing of what reaches a layer once others are gone
+            whole = all(arch.keep) and init == "calibrated"
+            fit = self._calibration.fit if whole else self._calibration.reconstruct
+            fit(student, arch, kept)
         return student
 
     def features(self) -> Tensor:
-        """x_t of every layer, (layers, features) float32: kind as one-hot, sizes on a logarithmic scale near [0, 1]."""
+        """x_t of every layer, (layers, features) float32: kind as one-hot, sizes on a logarithmic scale."""
         rows = []
         for layer in self.layers:
             sizes = (max(size, default=0) for size in (layer.kernel_size, layer.stride, layer.padding))
@@ -128,8 +158,20 @@ class ArchitectureSpace:
     def _architecture(
         self, keep: tuple[bool, ...], widths: tuple[int, ...], kernels: tuple[tuple[int, ...], ...]
     ) -> Architecture:
+        # the kernel of a removed layer means nothing: equal networks are equal architectures
+        kernels = tuple(
+            size if kept else layer.kernel_size for size, kept, layer in zip(kernels, keep, self.layers, strict=True)
+        )
         params, macs = self._traced.cost(keep, widths, kernels)
         return Architecture(keep, widths, kernels, params, macs)
+
+    def _check(self, arch: Architecture) -> None:
+        """Raise ValueError for an architecture of another space."""
+        if (len(arch.keep), len(arch.widths)) != (len(self.layers), len(self._traced.sizes)):
+            raise ValueError(
+                f"arch: expected {len(self.layers)} layers and {len(self._traced.sizes)} channel groups, "
+                f"got {len(arch.keep)} and {len(arch.widths)}: it is of another space"
+            )
 
     def _check_length(self, name: str, values: Sequence[object]) -> None:
         if len(values) != len(self.layers):

@@ -64,10 +64,11 @@ def l1_saliency(traced: TracedTeacher, slots: Sequence[Slot]) -> np.ndarray:
 class StudentFactory:
     """Builds students of one traced teacher: shallow clones of its graph, their tensors cut by one native call."""
 
-    def __init__(self, traced: TracedTeacher) -> None:
+    def __init__(self, traced: TracedTeacher, saliency: np.ndarray | None = None) -> None:
+        """saliency: of each unit, (units,); absolute weights by default."""
         self.traced = traced
         self.slots = slots_of(traced)
-        self.saliency = l1_saliency(traced, self.slots)
+        self.saliency = l1_saliency(traced, self.slots) if saliency is None else saliency
         cut = {(slot.layer, slot.name) for slot in self.slots}
         # whatever else a layer holds is copied as it is: BN's counters, the weights of opaque modules
         self.whole = [
@@ -75,12 +76,8 @@ class StudentFactory:
             for i, module in enumerate(traced.modules)
         ]
 
-    def build(self, arch: Architecture, classes: Sequence[Sequence[int]]) -> fx.GraphModule:
-        """The student with its weights sliced from the teacher's ("inherit").
-
-        classes: groups that share one width in `arch`; those of equal size also keep the same channels.
-        """
-        kept = self._kept_channels(arch, classes)
+    def build(self, arch: Architecture, kept: Sequence[np.ndarray | None]) -> fx.GraphModule:
+        """The student with its weights sliced from the teacher's ("inherit"); kept: as `kept_channels` gives it."""
         slots = [slot for slot in self.slots if arch.keep[slot.layer]]
         tensors = self._materialize(arch, slots, kept)
         modules: list[nn.Module] = [
@@ -93,8 +90,11 @@ class StudentFactory:
             place[slot.name] = nn.Parameter(tensor) if slot.is_parameter else tensor
         return self._assemble(dict(zip(self.traced.names, modules, strict=True)))
 
-    def _kept_channels(self, arch: Architecture, classes: Sequence[Sequence[int]]) -> list[np.ndarray | None]:
-        """For each axis the positions of the channels kept, None for all of them."""
+    def kept_channels(self, arch: Architecture, classes: Sequence[Sequence[int]]) -> list[np.ndarray | None]:
+        """For each axis the positions of the channels kept, None for all of them.
+
+        classes: groups that share one width in `arch`; those of equal size also keep the same channels.
+        """
         traced = self.traced
         keep = np.ones(len(traced.group_of), dtype=bool)
         for groups in classes:
@@ -136,7 +136,7 @@ class StudentFactory:
         """Layer i as a shallow copy that announces its new shapes."""
         traced, module = self.traced, self.traced.modules[i]
         if traced.out_axis[i] < 0:
-            return copy.deepcopy(module)
+            return copy.deepcopy(module).eval()
         copied: Any = shallow_copy(module)
         for name in self.whole[i]:
             tensors: dict[str, Any] = copied._parameters if name in copied._parameters else copied._buffers
@@ -173,13 +173,17 @@ def _clone(module: nn.Module, path: str, layers: dict[str, nn.Module]) -> nn.Mod
     """`module` with the leaves named in `layers` replaced and its own tensors copied."""
     if path in layers:
         return layers[path]
-    copied = shallow_copy(module)
+    copied: nn.Module = module.__class__.__new__(module.__class__)
+    copied.__dict__.update(module.__dict__)
     copied._parameters = {k: copy.deepcopy(v) for k, v in module._parameters.items()}
     copied._buffers = {k: copy.deepcopy(v) for k, v in module._buffers.items()}
     prefix = f"{path}." if path else ""
     copied._modules = {
         name: _clone(child, prefix + name, layers) for name, child in module._modules.items() if child is not None
     }
+    for name, value in module.__dict__.items():
+        if "_hooks" in name and isinstance(value, dict):
+            copied.__dict__[name] = type(value)()
     return copied
 
 
@@ -199,9 +203,15 @@ def _crop_convolution(conv: Any, kernel: tuple[int, ...]) -> None:
     """Set the kernel size of `conv`, and the padding that leaves its output's size unchanged."""
     cut = [(before - after) // 2 for before, after in zip(kernel_size(conv), kernel, strict=True)]
     conv.kernel_size = kernel
-    if not isinstance(conv.padding, str):
+    if conv.padding == "valid":
+        return
+    if conv.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(conv.dilation, kernel, strict=True)]
+        sides = [(total // 2, total - total // 2) for total in totals]
+    else:
         conv.padding = tuple(p - c * d for p, c, d in zip(conv.padding, cut, conv.dilation, strict=True))
-        conv._reversed_padding_repeated_twice = [p for p in reversed(conv.padding) for _ in range(2)]
+        sides = [(p, p) for p in conv.padding]
+    conv._reversed_padding_repeated_twice = [p for side in reversed(sides) for p in side]  # torch pads by this one
 
 
 def randomize(student: nn.Module) -> nn.Module:
