@@ -15,9 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from n2n_fast.graph import CONVS, Architecture, TracedTeacher
+from n2n_fast.channels import CONVS
+from n2n_fast.graph import Architecture, TracedTeacher
 
 RIDGE = 1e-4  # ε in units of the mean variance of y
+PRIOR = 1e-2  # the same, towards the teacher's own bridge, where the student's activations are fitted
+EXPLAINED = 1e-5  # of a channel's variance: what is left of it is the moments' rounding
 SAMPLES_PER_CHANNEL = 16
 MIN_SAMPLES = 4096
 MAX_BATCH_NUMBERS = 2**26  # the largest activation that a pass holds at once
@@ -114,14 +117,22 @@ class Calibration:
             columns = kept[self.traced.in_axis[i]]
             if columns is None:
                 continue
-            repeat = self.traced.repeats[i]
-            channels = torch.from_numpy(columns[::repeat] // repeat).to(self.images.device)
-            moments = self.moments[i]
             intercept = self._has_intercept(i, arch)
-            second = _second(moments, intercept)
-            bridge = _solve(second[channels][:, channels], second[:, channels])
-            offset = moments.mean - bridge @ moments.mean[channels]
+            bridge = self._teacher_bridge(i, columns, intercept)
+            channels = self._channels(i, columns)
+            offset = self.moments[i].mean - bridge @ self.moments[i].mean[channels]
             self._set(student.get_submodule(name), i, kept, bridge, offset if intercept else None)
+
+    def _channels(self, i: int, columns: np.ndarray) -> Tensor:
+        """The channels that remain of layer i's input, given the positions kept on its axis."""
+        repeat = self.traced.repeats[i]
+        return torch.from_numpy(columns[::repeat] // repeat).to(self.images.device)
+
+    def _teacher_bridge(self, i: int, columns: np.ndarray, intercept: bool) -> Tensor:
+        """A for layer i, (C, C'), where y is the teacher's own input restricted to the channels kept."""
+        channels = self._channels(i, columns)
+        second = _second(self.moments[i], intercept)
+        return _solve(second[channels][:, channels], second[:, channels], RIDGE)
 
     @torch.no_grad()
     def reconstruct(self, student: fx.GraphModule, arch: Architecture, kept: Sequence[np.ndarray | None]) -> None:
@@ -148,13 +159,19 @@ class Calibration:
     def _fit_to(
         self, module: nn.Module, i: int, x: Tensor, arch: Architecture, kept: Sequence[np.ndarray | None]
     ) -> None:
-        given = self.sample(i, x, 0).flatten(0, 1).double()
-        wanted = self.samples[i][: len(given)].double()
+        given = self.sample(i, x, 0).flatten(0, 1)
+        wanted = self.samples[i][: len(given)]
         intercept = self._has_intercept(i, arch)
         means = [s.mean(0) if intercept else torch.zeros_like(s[0]) for s in (given, wanted)]
         given, wanted = given - means[0], wanted - means[1]
-        bridge = _solve(given.T @ given / len(given), wanted.T @ given / len(given))
-        self._set(module, i, kept, bridge, means[1] - bridge @ means[0] if intercept else None)
+        second, cross = _product(given, given), _product(wanted, given)
+        columns = kept[self.traced.in_axis[i]]
+        if columns is not None and all(arch.keep):
+            bridge = _solve(second, cross, PRIOR, self._teacher_bridge(i, columns, intercept))
+        else:
+            bridge = _solve(second, cross, RIDGE)
+        offset = means[1].double() - bridge @ means[0].double()
+        self._set(module, i, kept, bridge, offset if intercept else None)
 
     def _has_intercept(self, i: int, arch: Architecture) -> bool:
         """Whether a constant that the layer adds is taken up, by its bias or by the norm that follows."""
@@ -185,23 +202,28 @@ def _cropped(weight: Tensor, kernel: Sequence[int]) -> Tensor:
 
 
 def _moments(samples: Tensor) -> Moments:
-    wide = samples.double()
-    mean = wide.mean(0)
-    centred = wide - mean
-    return Moments(mean, centred.T @ centred / len(samples))
+    mean = samples.mean(0)
+    centred = samples - mean
+    return Moments(mean.double(), _product(centred, centred))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """E[a bᵀ] of samples (P, A) and (P, B): multiplied in their precision, which centring has made enough, (A, B)."""
+    return (a.T @ b).double() / len(a)
 
 
 def _second(moments: Moments, centred: bool) -> Tensor:
     return moments.covariance if centred else moments.covariance + torch.outer(moments.mean, moments.mean)
 
 
-def _solve(given: Tensor, cross: Tensor) -> Tensor:
-    """Multiply cross (C, C') by the inverse of given (C', C') and a ridge, finite for dead and doubled channels."""
-    scale = given.diagonal().mean().clamp_min(1e-30)
-    factor = torch.linalg.cholesky(
-        given + RIDGE * scale * torch.eye(len(given), dtype=given.dtype, device=given.device)
-    )
-    return torch.cholesky_solve(cross.T, factor).T
+def _solve(given: Tensor, cross: Tensor, ridge: float, prior: Tensor | None = None) -> Tensor:
+    """Minimise E|h - A y|² + ε|A - prior|² over A, (C, C'): given E[y yᵀ] (C', C') and E[h yᵀ] (C, C').
+
+    The ridge keeps dead and doubled channels finite; a prior of None is 0.
+    """
+    weight = ridge * given.diagonal().mean().clamp_min(1e-30)
+    factor = torch.linalg.cholesky(given + weight * torch.eye(len(given), dtype=given.dtype, device=given.device))
+    return torch.cholesky_solve((cross if prior is None else cross + weight * prior).T, factor).T
 
 
 def _estimate(norm: Any, x: Tensor) -> None:
@@ -221,11 +243,11 @@ def pivoted_order(matrix: Tensor) -> np.ndarray:
     factor = torch.zeros_like(matrix)
     left = matrix.diagonal().clone()  # R's diagonal
     columns = matrix.square().sum(0)  # |R e_j|²
-    floor = 1e-10 * float(left.max().clamp_min(1e-300))
+    floor = EXPLAINED * left + 1e-300
     order: list[int] = []
     free = torch.ones(n, dtype=torch.bool)
     for t in range(n):
-        gain = torch.where(free & (left > floor), columns / left.clamp_min(floor), -1.0)
+        gain = torch.where(free & (left > floor), columns / left.maximum(floor), -1.0)
         j = int(gain.argmax())
         if gain[j] < 0:
             break

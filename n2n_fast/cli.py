@@ -25,7 +25,7 @@ LINE_SECONDS = 20.0  # between lines of progress where there is no terminal
 DIGITS = "digits"
 DEFAULTS = {field.name: field.default for field in fields(SearchConfig)}
 # What suits 1,797 images of 8x8 pixels: an epoch is ten steps.
-DIGITS_DEFAULTS = {"updates": 12, "epochs": 4.0, "final_epochs": 120.0, "batch_size": 64}
+DIGITS_DEFAULTS = {"updates": 15, "epochs": 2.0, "final_epochs": 60.0, "batch_size": 64}
 DIGITS_VALIDATION = 0.2
 DIGITS_TEACHER_EPOCHS = 30.0
 

@@ -51,7 +51,7 @@ class SearchConfig:
     baseline_decay: float = 0.8  # of the moving average of rewards
     max_params: int | None = None
     min_accuracy: float | None = None  # on the validation split, in [0, 1]
-    calibration_images: int = 512  # unlabelled, for fitted weights and batch norm statistics
+    calibration_images: int = 1024  # unlabelled, for fitted weights and batch norm statistics
     seed: int = 0
 
     def __post_init__(self) -> None:

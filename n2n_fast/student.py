@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from n2n_fast import ops
-from n2n_fast.graph import CONVS, Architecture, TracedTeacher, kernel_size, shallow_copy
+from n2n_fast.channels import CONVS
+from n2n_fast.graph import Architecture, TracedTeacher, kernel_size
+from n2n_fast.tracing import shallow_copy
 
 
 @dataclass(frozen=True)

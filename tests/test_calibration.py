@@ -47,7 +47,7 @@ def assert_close(student, teacher):
 
 
 @pytest.mark.parametrize("init", INITS)
-@settings(deadline=None, max_examples=15, derandomize=True)
+@settings(deadline=None, max_examples=40, derandomize=True)
 @given(width=st.integers(2, 9), copies=st.integers(1, 4), seed=st.integers(0, 99))
 def test_duplicated_channels_can_go_without_a_trace(init, width, copies, seed):
     teacher = chain(width + copies, seed)
@@ -69,7 +69,7 @@ def test_duplicated_channels_can_go_without_a_trace(init, width, copies, seed):
     assert_close(space.build(arch, init), teacher)
 
 
-@settings(deadline=None, max_examples=15, derandomize=True)
+@settings(deadline=None, max_examples=40, derandomize=True)
 @given(width=st.integers(2, 8), seed=st.integers(0, 99))
 def test_a_removed_linear_map_is_folded_into_the_next_layer(width, seed):
     with seeded(seed, torch.device("cpu")):

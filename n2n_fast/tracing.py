@@ -1,0 +1,183 @@
+"""A teacher as an fx graph: traced once, without in-place operators, its tensors' shapes known."""
+
+import contextlib
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from n2n_fast.errors import BadInput
+
+OUT_OF_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    torch.relu_: torch.relu,
+    F.relu_: F.relu,
+}
+
+
+class _Tracer(fx.Tracer):
+    """fx's tracer, with the modules named in `leaf` treated as opaque layers."""
+
+    def __init__(self, leaf: Iterable[str]) -> None:
+        super().__init__()
+        self.leaf = frozenset(leaf)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.leaf or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(teacher: nn.Module, leaf: Iterable[str] = ()) -> fx.GraphModule:
+    """The teacher as an fx graph without in-place operators, identities or sizes frozen into views.
+
+    Shares the teacher's tensors, not its modules, and leaves it untouched. Raises BadInput where fx cannot follow.
+    """
+    try:
+        with evaluating(teacher):
+            graph = _Tracer(leaf).trace(teacher)
+    except Exception as error:  # noqa: BLE001 - the user's own forward may raise anything
+        raise BadInput(
+            f"the teacher's forward cannot be traced ({_first_line(error)}, {_origin(error)}); "
+            "name the submodule that branches on data as `leaf`"
+        ) from None
+    traced = fx.GraphModule(teacher, graph)
+    for name in {str(node.target) for node in graph.nodes if node.op == "call_module"}:
+        set_submodule(traced, name, shallow_copy(traced.get_submodule(name)))
+    _rewrite_in_place(traced)
+    _make_dropouts_modules(traced)
+    _erase_identities(traced)
+    traced.graph.eliminate_dead_code()
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _origin(error: Exception) -> str:
+    """File name and line of the innermost frame outside torch that led to the error."""
+    place, step = "unknown line", error.__traceback__
+    while step is not None:
+        path = step.tb_frame.f_code.co_filename
+        if "/torch/" not in path and "/n2n_fast/" not in path:
+            place = f"{path.rsplit('/', 1)[-1]}:{step.tb_lineno}"
+        step = step.tb_next
+    return place
+
+
+def _rewrite_in_place(traced: fx.GraphModule) -> None:
+    """Make every in-place operator out of place; what read the changed tensor afterwards reads the new one."""
+    modules = {name for name, module in traced.named_modules() if getattr(module, "inplace", False)}
+    order = {node: i for i, node in enumerate(traced.graph.nodes)}
+    for node in traced.graph.nodes:
+        if not _become_out_of_place(node, modules):
+            continue
+        changed = node.args[0]
+        for user in list(changed.users):
+            if order[user] > order[node]:
+                user.replace_input_with(changed, node)
+    for name in modules:
+        traced.get_submodule(name).inplace = False  # type: ignore[assignment]
+
+
+def _become_out_of_place(node: fx.Node, modules: set[str]) -> bool:
+    """Rewrite an operator or method that works in place, and tell whether this node does; modules: those that do."""
+    if node.op == "call_module":
+        return node.target in modules
+    if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
+        node.target = str(node.target)[:-1]
+        return True
+    if node.op == "call_function" and node.target in OUT_OF_PLACE:
+        node.target = OUT_OF_PLACE[node.target]
+        return True
+    if node.op == "call_function" and node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+        return True
+    return False
+
+
+def _make_dropouts_modules(traced: fx.GraphModule) -> None:
+    """Functional dropout was traced for evaluation, hence for good; as modules, students drop out in training."""
+    kinds = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
+    for node in traced.graph.nodes:
+        if node.op == "call_function" and node.target in kinds and isinstance(node.args[0], fx.Node):
+            probability = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+            name = f"functional_{node.name}"
+            traced.add_submodule(name, kinds[node.target](probability).eval())
+            node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
+
+
+def _erase_identities(traced: fx.GraphModule) -> None:
+    for node in list(traced.graph.nodes):
+        if node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), nn.Identity):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A module in eval mode that shares the tensors of `module`, but none of its dictionaries, children or hooks."""
+    copied: nn.Module = module.__class__.__new__(module.__class__)
+    for name, value in module.__dict__.items():
+        is_hooks = "_hooks" in name and isinstance(value, dict)
+        copied.__dict__[name] = type(value)() if is_hooks else value.copy() if isinstance(value, dict) else value
+    copied.training = False
+    for name, child in module._modules.items():
+        copied._modules[name] = None if child is None else shallow_copy(child)
+    return copied
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for as long as the context lasts; then each submodule has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where `path` leads in `root`."""
+    parent, _, name = path.rpartition(".")
+    root.get_submodule(parent)._modules[name] = module
+
+
+class _Shapes(fx.Interpreter):
+    """Runs the graph once and notes the shape of every tensor on the way."""
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced, garbage_collect_values=True)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n] = tuple(result.shape)
+        return result
+
+
+def shapes_of(traced: fx.GraphModule, teacher: nn.Module, example: Tensor) -> dict[fx.Node, tuple[int, ...]]:
+    """Shapes of all tensors for a batch of two; checks that the traced graph computes what the teacher does."""
+    example = torch.cat([example[:1], example[:1]])
+    interpreter = _Shapes(traced)
+    try:
+        with torch.no_grad(), evaluating(teacher):
+            expected = teacher(example)
+            got = interpreter.run(example)
+    except (RuntimeError, ValueError, TypeError) as error:
+        shape = "x".join(map(str, example.shape[1:]))
+        raise BadInput(f"the teacher does not accept images of {shape}: {_first_line(error)}") from None
+    if isinstance(expected, Tensor) and not torch.equal(expected, got) and bool(expected.isfinite().all()):
+        raise BadInput(
+            "the traced teacher computes something else than the teacher: its forward depends on hidden state"
+        )
+    return interpreter.shapes
