@@ -1,0 +1,111 @@
+"""What fitted weights are worth: validation accuracy of students after 0, 20 and 50 steps, against sliced ones.
+
+usage: python bench/calibration.py TEACHER.pt fashion-mnist:DIR [--seeds 3] [--out bench/results/calibration]
+The teacher is a state dict as `n2n-fast teach` writes it; see bench/README.md for the commands. Writes a JSON file and
+prints a table; every figure is a mean over the seeds, which draw the calibration images and the batches.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import n2n_fast
+from n2n_fast import teacher
+from n2n_fast.data import Batches, TeacherLogits, accuracy
+from n2n_fast.distill import fit, recalibrate
+
+INITS = ("inherit", "calibrated", "reconstructed")
+STEPS = (0, 20, 50)
+BATCH = 128
+LEARNING_RATE = 0.01
+IMAGES = 512
+
+
+def block_firsts(space):
+    """For each block the index of its first removable convolution."""
+    firsts = {}
+    for i, layer in enumerate(space.layers):
+        if layer.kind in ("conv", "depthwise") and layer.removable:
+            firsts.setdefault(".".join(layer.name.split(".")[:2]), i)
+    return list(firsts.values())
+
+
+def without_firsts(space, share):
+    """The teacher without the first convolution, and its norm, in `share` of the blocks, evenly spread."""
+    firsts = block_firsts(space)
+    count = round(share * len(firsts))
+    gone = {firsts[(2 * n + 1) * len(firsts) // (2 * count)] for n in range(count)}
+    gone |= {i + 1 for i in gone if space.layers[i + 1].kind == "norm"}
+    return space.remove(space.teacher, [i not in gone for i in range(len(space.layers))])
+
+
+def cases(space):
+    """Architectures by name, with the share of params they keep."""
+    count = len(space.layers)
+    third = without_firsts(space, 1 / 3)
+    return {
+        **{f"widths x{r}": space.shrink(space.teacher, [r] * count) for r in (0.75, 0.5, 0.35, 0.25)},
+        "first conv gone in 1/3 of blocks": third,
+        "first conv gone in 2/3 of blocks": without_firsts(space, 2 / 3),
+        "1/3 gone and widths x0.5": space.shrink(third, [0.5] * count),
+    }
+
+
+def measure(model, data, seed, rows):
+    """Add this seed's accuracies to rows[case, init, steps]."""
+    index = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:IMAGES]
+    images = data.train.batch(index)[0].contiguous(memory_format=torch.channels_last)
+    space = n2n_fast.ArchitectureSpace(model, images[:2], images)
+    logits = TeacherLogits(model, data.train)
+    for name, arch in cases(space).items():
+        for init in INITS:
+            start = time.perf_counter()
+            student = space.build(arch, init)
+            seconds = time.perf_counter() - start
+            for steps in STEPS:
+                student = space.build(arch, init)
+                if init != "reconstructed":
+                    recalibrate(student, images.split(BATCH))
+                if steps:
+                    epochs = steps * BATCH / len(data.train)
+                    batches = Batches(data.train, logits, epochs, BATCH, data.augmentation, seed)
+                    fit(student, batches, learning_rate=LEARNING_RATE, kd_weight=0.1)
+                row = rows.setdefault((name, init), {"compression": space.teacher.params / arch.params, "seconds": []})
+                row["seconds"].append(seconds)
+                row.setdefault(str(steps), []).append(accuracy(student, data.validation))
+        print(name, {init: round(rows[name, init]["0"][-1], 4) for init in INITS}, flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher")
+    parser.add_argument("data")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "calibration")
+    options = parser.parse_args()
+    model = teacher.load_teacher(options.teacher)
+    data = n2n_fast.load(options.data, channels=teacher.input_channels(model))
+    rows = {}
+    for seed in range(options.seeds):
+        measure(model, data, seed, rows)
+    content = {
+        "teacher": accuracy(model, data.validation),
+        "seeds": options.seeds,
+        "rows": [{"case": case, "init": init, **row} for (case, init), row in rows.items()],
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"{Path(options.teacher).stem}.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(f"\nteacher {content['teacher']:.2%}\n")
+    print("| student | | init | build | 0 steps | 20 | 50 |\n|---|---|---|---|---|---|---|")
+    for row in content["rows"]:
+        figures = " | ".join(f"{statistics.mean(row[str(steps)]):.1%}" for steps in STEPS)
+        milliseconds = 1e3 * statistics.median(row["seconds"])
+        print(f"| {row['case']} | {row['compression']:.1f}x | {row['init']} | {milliseconds:.0f} ms | {figures} |")
+
+
+if __name__ == "__main__":
+    main()
