@@ -352,7 +352,7 @@ class Schedule:
     batch_size: int
     augmentation: Augmentation | None
     seed: int
-    channels_last: bool = True
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be iterated."""
@@ -404,7 +404,7 @@ class Batches:
         batch_size: int,
         augmentation: Augmentation | None,
         seed: int,
-        channels_last: bool = True,
+        channels_last: bool = False,
     ) -> None:
         """teacher_logits: images (n, C, H, W) -> logits (n, classes), best a `TeacherLogits` of this split; or none."""
         self.schedule = Schedule(split, epochs, batch_size, augmentation, seed, channels_last)

@@ -55,8 +55,8 @@ def fit(
     Teacher logits of None leave the distillation out. The learning rate climbs to its peak over the first fifth of
     the steps, then falls to 0 along a cosine. `progress.step` is called every ten steps. Raises Diverged.
     """
-    # Images come channels_last, weights stay contiguous: oneDNN then computes channels_last all the same, while its
-    # backward pass for channels_last weights of 1x1 stride-2 convolutions with odd widths corrupts memory (torch 2.15).
+    # Batches are contiguous, not channels_last: for that layout oneDNN's AVX2 kernel for the weight gradient of 1x1
+    # convolutions corrupts memory or never returns at some odd widths (torch 2.15), and it is hardly faster.
     steps = len(batches)
     device = next(model.parameters()).device
     optimizer = torch.optim.SGD(_decayed(model, weight_decay), learning_rate, momentum=0.9, nesterov=True, fused=True)
@@ -143,7 +143,6 @@ def recalibrate(model: nn.Module, images: Iterable[Tensor]) -> nn.Module:
 def latency_ms(model: nn.Module, images: Tensor, seconds: float = 0.5) -> float:
     """Median milliseconds of a forward pass over images (n, C, H, W), in eval mode, after warming up."""
     model.eval()
-    images = images.contiguous(memory_format=torch.channels_last)
     times: list[float] = []
     start = time.perf_counter()
     while len(times) < 8 or (time.perf_counter() - start < seconds and len(times) < 200):

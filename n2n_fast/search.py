@@ -341,7 +341,7 @@ class _Search:
         generator = torch.Generator().manual_seed(_seed(self.config.seed, "calibration"))
         index = torch.randperm(len(split), generator=generator)[: self.config.calibration_images]
         images, _ = split.batch(index.to(self.device))
-        return images.contiguous(memory_format=torch.channels_last)
+        return images
 
     def _show(self, candidate: _Candidate, best: _Candidate | None) -> None:
         compression = None if best is None else self.teacher.params / max(1, best.architecture.params)
