@@ -58,7 +58,7 @@ def cases(space):
 def measure(model, data, seed, rows):
     """Add this seed's accuracies to rows[case, init, steps]."""
     index = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:IMAGES]
-    images = data.train.batch(index)[0].contiguous(memory_format=torch.channels_last)
+    images = data.train.batch(index)[0]
     space = n2n_fast.ArchitectureSpace(model, images[:2], images)
     logits = TeacherLogits(model, data.train)
     for name, arch in cases(space).items():

@@ -352,7 +352,6 @@ class Schedule:
     batch_size: int
     augmentation: Augmentation | None
     seed: int
-    channels_last: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be iterated."""
@@ -381,12 +380,11 @@ class Schedule:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield index (n,), images (n, C, H, W) float32, augmented and normalised, and labels (n,)."""
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
         for step, index in enumerate(self.indices()):
             images = self.split.images[index]
             if self.augmentation is not None:
                 images = self.augmentation(images, _generator(self.seed, 1, step))
-            yield index, self.split.normalise(images).contiguous(memory_format=layout), self.split.labels[index]
+            yield index, self.split.normalise(images).contiguous(), self.split.labels[index]
 
 
 class Batches:
@@ -404,10 +402,9 @@ class Batches:
         batch_size: int,
         augmentation: Augmentation | None,
         seed: int,
-        channels_last: bool = False,
     ) -> None:
         """teacher_logits: images (n, C, H, W) -> logits (n, classes), best a `TeacherLogits` of this split; or none."""
-        self.schedule = Schedule(split, epochs, batch_size, augmentation, seed, channels_last)
+        self.schedule = Schedule(split, epochs, batch_size, augmentation, seed)
         self._teacher_logits = teacher_logits
         self._memo: list[Tensor] = []
 
