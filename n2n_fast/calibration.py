@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from n2n_fast.channels import CONVS
+from n2n_fast.channels import BATCH_NORMS, CONVS
 from n2n_fast.graph import Architecture, TracedTeacher
 
 RIDGE = 1e-4  # ε in units of the mean variance of y
@@ -118,8 +118,8 @@ class Calibration:
             if columns is None:
                 continue
             intercept = self._has_intercept(i, arch)
-            bridge = self._teacher_bridge(i, columns, intercept)
             channels = self._channels(i, columns)
+            bridge = self._teacher_bridge(i, channels, intercept)
             offset = self.moments[i].mean - bridge @ self.moments[i].mean[channels]
             self._set(student.get_submodule(name), i, kept, bridge, offset if intercept else None)
 
@@ -128,9 +128,8 @@ class Calibration:
         repeat = self.traced.repeats[i]
         return torch.from_numpy(columns[::repeat] // repeat).to(self.images.device)
 
-    def _teacher_bridge(self, i: int, columns: np.ndarray, intercept: bool) -> Tensor:
-        """A for layer i, (C, C'), where y is the teacher's own input restricted to the channels kept."""
-        channels = self._channels(i, columns)
+    def _teacher_bridge(self, i: int, channels: Tensor, intercept: bool) -> Tensor:
+        """A for layer i, (C, C'), where y is the teacher's own input restricted to `channels`, (C',)."""
         second = _second(self.moments[i], intercept)
         return _solve(second[channels][:, channels], second[:, channels], RIDGE)
 
@@ -150,7 +149,7 @@ class Calibration:
                 i = calibration.fitted.get(target)
                 if i is not None and arch.keep[i]:
                     calibration._fit_to(module, i, args[0], arch, kept)
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                if isinstance(module, BATCH_NORMS) and module.track_running_stats:
                     _estimate(module, args[0])
                 return super().call_module(target, args, kwargs)
 
@@ -167,7 +166,7 @@ class Calibration:
         second, cross = _product(given, given), _product(wanted, given)
         columns = kept[self.traced.in_axis[i]]
         if columns is not None and all(arch.keep):
-            bridge = _solve(second, cross, PRIOR, self._teacher_bridge(i, columns, intercept))
+            bridge = _solve(second, cross, PRIOR, self._teacher_bridge(i, self._channels(i, columns), intercept))
         else:
             bridge = _solve(second, cross, RIDGE)
         offset = means[1].double() - bridge @ means[0].double()

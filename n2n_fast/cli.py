@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from torch import nn
 import n2n_fast
 from n2n_fast import report, teacher
 from n2n_fast.data import ImageData, accuracy, load
-from n2n_fast.errors import BadInput
+from n2n_fast.errors import BadInput, first_line
 from n2n_fast.search import Rollout, SearchConfig, SearchProgress, compress, load_student
 from n2n_fast.space import INITS, ArchitectureSpace
 
@@ -23,7 +23,6 @@ INFEASIBLE = 3
 INTERRUPTED = 130
 LINE_SECONDS = 20.0  # between lines of progress where there is no terminal
 DIGITS = "digits"
-DEFAULTS = {field.name: field.default for field in fields(SearchConfig)}
 # What suits 1,797 images of 8x8 pixels: an epoch is ten steps.
 DIGITS_DEFAULTS = {"updates": 15, "epochs": 2.0, "final_epochs": 60.0, "batch_size": 64}
 DIGITS_VALIDATION = 0.2
@@ -81,7 +80,7 @@ def _device(_: click.Context, option: click.Parameter, value: str | None) -> tor
         device = torch.device(value or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise click.BadParameter(f"{value!r} cannot be used ({str(error).splitlines()[0]})", param=option) from None
+        raise click.BadParameter(f"{value!r} cannot be used ({first_line(error)})", param=option) from None
     return device
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from n2n_fast.errors import BadInput
+from n2n_fast.errors import BadInput, first_line
 
 VALIDATION_SHARE = 0.1
 VALIDATION_LIMIT = 5000
@@ -700,8 +700,8 @@ def _broken(request: _Request, path: Path, error: Exception) -> BadInput:
 
 
 def _one_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
 
 
 def _read_imagefolder(request: _Request) -> _Arrays:

@@ -1,4 +1,4 @@
-"""The errors that this package raises on purpose."""
+"""The errors that this package raises on purpose, and how it quotes those of others."""
 
 
 class BadInput(ValueError):
@@ -12,3 +12,9 @@ class DegenerateArchitecture(ValueError):
         """Keep `reason`, which is the message as well."""
         super().__init__(reason)
         self.reason = reason
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 200 characters; its type's name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

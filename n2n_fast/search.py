@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from n2n_fast.data import Batches, ImageData, TeacherLogits, accuracy
 from n2n_fast.distill import Diverged, Progress, fit, latency_ms, recalibrate, seeded
-from n2n_fast.errors import BadInput, DegenerateArchitecture
+from n2n_fast.errors import BadInput, DegenerateArchitecture, first_line
 from n2n_fast.graph import Architecture
 from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy
 from n2n_fast.reward import DEGENERATE, Constraints, reward
@@ -401,7 +401,7 @@ def load_student(run: str | os.PathLike[str]) -> nn.Module:
     try:
         return torch.export.load(path).module()
     except (RuntimeError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise BadInput(f"{path}: not a readable student ({str(error).splitlines()[0]})") from None
+        raise BadInput(f"{path}: not a readable student ({first_line(error)})") from None
 
 
 def _checked_accuracy(teacher: nn.Module, data: ImageData) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from n2n_fast import ops
 from n2n_fast.channels import CONVS
 from n2n_fast.graph import Architecture, TracedTeacher, kernel_size
-from n2n_fast.tracing import shallow_copy
+from n2n_fast.tracing import bare_copy, shallow_copy
 
 
 @dataclass(frozen=True)
@@ -175,17 +175,13 @@ def _clone(module: nn.Module, path: str, layers: dict[str, nn.Module]) -> nn.Mod
     """`module` with the leaves named in `layers` replaced and its own tensors copied."""
     if path in layers:
         return layers[path]
-    copied: nn.Module = module.__class__.__new__(module.__class__)
-    copied.__dict__.update(module.__dict__)
+    copied = bare_copy(module)
     copied._parameters = {k: copy.deepcopy(v) for k, v in module._parameters.items()}
     copied._buffers = {k: copy.deepcopy(v) for k, v in module._buffers.items()}
     prefix = f"{path}." if path else ""
     copied._modules = {
         name: _clone(child, prefix + name, layers) for name, child in module._modules.items() if child is not None
     }
-    for name, value in module.__dict__.items():
-        if "_hooks" in name and isinstance(value, dict):
-            copied.__dict__[name] = type(value)()
     return copied
 
 

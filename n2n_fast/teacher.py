@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from n2n_fast.data import Batches, ImageData
 from n2n_fast.distill import Diverged, Progress, fit, seeded
-from n2n_fast.errors import BadInput
+from n2n_fast.errors import BadInput, first_line
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "teacher")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "net.")
@@ -203,7 +203,7 @@ def _try_forward(model: nn.Module, images: Tensor, name: str) -> Tensor:
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         height, width = images.shape[2:]
         raise BadInput(
-            f"{name} cannot take images of {width}x{height} pixels ({_first_line(error)}); set another --image-size"
+            f"{name} cannot take images of {width}x{height} pixels ({first_line(error)}); set another --image-size"
         ) from error
     finally:
         model.train(training)
@@ -375,7 +375,7 @@ def _from_factory(arch: str, classes: int | None, state: Mapping[str, Tensor], p
         takes = "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         model = factory(num_classes=classes) if takes and classes is not None else factory()
     except Exception as error:  # the factory is the user's: whatever it raises is about what it was handed
-        raise BadInput(f"{arch} failed ({type(error).__name__}: {_first_line(error)})") from error
+        raise BadInput(f"{arch} failed ({type(error).__name__}: {first_line(error)})") from error
     if not isinstance(model, nn.Module):
         raise BadInput(f"{arch} gives a {type(model).__name__}; it must give a torch.nn.Module")
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -395,7 +395,7 @@ def _import_factory(arch: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # importing runs the user's code
         raise BadInput(
-            f"{arch} cannot be imported ({type(error).__name__}: {_first_line(error)}); write package.module:factory"
+            f"{arch} cannot be imported ({type(error).__name__}: {first_line(error)}); write package.module:factory"
         ) from error
     finally:
         sys.path[:] = path
@@ -557,8 +557,3 @@ def _families() -> list[list[str]]:
 def _natural_order(name: str) -> list[tuple[int, str]]:
     """A key that puts resnet50 before resnet101: small members of a family are met more and made sooner."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

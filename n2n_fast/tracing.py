@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from n2n_fast.errors import BadInput
+from n2n_fast.errors import BadInput, first_line
 
 OUT_OF_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
@@ -42,7 +42,7 @@ def trace(teacher: nn.Module, leaf: Iterable[str] = ()) -> fx.GraphModule:
             graph = _Tracer(leaf).trace(teacher)
     except Exception as error:  # noqa: BLE001 - the user's own forward may raise anything
         raise BadInput(
-            f"the teacher's forward cannot be traced ({_first_line(error)}, {_origin(error)}); "
+            f"the teacher's forward cannot be traced ({first_line(error)}, {_origin(error)}); "
             "name the submodule that branches on data as `leaf`"
         ) from None
     traced = fx.GraphModule(teacher, graph)
@@ -55,10 +55,6 @@ def trace(teacher: nn.Module, leaf: Iterable[str] = ()) -> fx.GraphModule:
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _origin(error: Exception) -> str:
@@ -121,13 +117,19 @@ def _erase_identities(traced: fx.GraphModule) -> None:
             traced.graph.erase_node(node)
 
 
-def shallow_copy(module: nn.Module) -> nn.Module:
-    """A module in eval mode that shares the tensors of `module`, but none of its dictionaries, children or hooks."""
+def bare_copy(module: nn.Module) -> nn.Module:
+    """A module in eval mode that shares the tensors and children of `module`, but no dictionary, and has no hooks."""
     copied: nn.Module = module.__class__.__new__(module.__class__)
     for name, value in module.__dict__.items():
         is_hooks = "_hooks" in name and isinstance(value, dict)
         copied.__dict__[name] = type(value)() if is_hooks else value.copy() if isinstance(value, dict) else value
     copied.training = False
+    return copied
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """A bare copy whose children are shallow copies too: only tensors are shared."""
+    copied = bare_copy(module)
     for name, child in module._modules.items():
         copied._modules[name] = None if child is None else shallow_copy(child)
     return copied
@@ -175,7 +177,7 @@ def shapes_of(traced: fx.GraphModule, teacher: nn.Module, example: Tensor) -> di
             got = interpreter.run(example)
     except (RuntimeError, ValueError, TypeError) as error:
         shape = "x".join(map(str, example.shape[1:]))
-        raise BadInput(f"the teacher does not accept images of {shape}: {_first_line(error)}") from None
+        raise BadInput(f"the teacher does not accept images of {shape}: {first_line(error)}") from None
     if isinstance(expected, Tensor) and not torch.equal(expected, got) and bool(expected.isfinite().all()):
         raise BadInput(
             "the traced teacher computes something else than the teacher: its forward depends on hidden state"
