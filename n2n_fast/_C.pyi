@@ -3,6 +3,10 @@
 from array import array
 from typing import TypedDict
 
+import numpy as np
+
+Table = array[int] | np.ndarray  # twelve int64 for each piece
+
 class BuildInfo(TypedDict):
     compiler: str
     cuda: bool
@@ -15,7 +19,7 @@ BEST_SIMD: int
 KD_LOSS_WORKSPACE_WORDS: int
 
 def build_info() -> BuildInfo: ...
-def materialize_cpu(table: array[int], element_bytes: int, flat: int, flat_elements: int, threads: int, /) -> None: ...
+def materialize_cpu(table: Table, element_bytes: int, flat: int, flat_elements: int, threads: int, /) -> None: ...
 def kd_loss_cpu(
     dtype: int,
     rows: int,
@@ -33,8 +37,8 @@ def kd_loss_cpu(
 ) -> None: ...
 
 # Only where build_info()["cuda"].
-def materialize_pack_words(table: array[int], /) -> int: ...
-def materialize_pack(table: array[int], element_bytes: int, flat_elements: int, packed: int, /) -> int: ...
+def materialize_pack_words(table: Table, /) -> int: ...
+def materialize_pack(table: Table, element_bytes: int, flat_elements: int, packed: int, /) -> int: ...
 def materialize_cuda(packed: int, count: int, blocks: int, element_bytes: int, flat: int, stream: int, /) -> None: ...
 def kd_loss_cuda(
     dtype: int,

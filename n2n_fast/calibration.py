@@ -7,15 +7,17 @@ reconstruction; here it only replaces the weights). Channels are kept in the ord
 greedy by how much of all others a channel explains.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from n2n_fast.channels import BATCH_NORMS, CONVS
+from n2n_fast import ops
+from n2n_fast.channels import BATCH_NORMS
 from n2n_fast.graph import Architecture, TracedTeacher
 
 RIDGE = 1e-4  # ε in units of the mean variance of y
@@ -34,21 +36,34 @@ class Moments:
     covariance: Tensor
 
 
+@dataclass(frozen=True)
+class _Split:
+    """The channels of a layer's input: those that a student keeps, as the teacher orders them, and those it loses."""
+
+    kept: np.ndarray
+    lost: np.ndarray
+    order: np.ndarray  # of all channels, the kept first
+    place: Tensor  # of each of `kept` in `order`
+    nested: bool  # whether `order` is the axis's own, by saliency
+
+
 class Calibration:
     """The teacher's inputs to each layer that mixes channels, at sampled positions of unlabelled images.
 
     images: (N, C, H, W). Of each layer's input about max(4096, 16 C) positions are kept, so that memory is bounded by
-    the widths and not by the image size. fitted: indices of the layers whose weights can be fitted: convolutions
-    of one group and linear layers that are called once; others are sliced.
+    the widths and not by the image size. saliency: of each unit, (units,), higher is kept longer; by default the order
+    of the pivoted factorisation. fitted: the layers whose weights can be fitted: convolutions of one group and
+    linear layers that are called once; others are sliced.
     """
 
-    def __init__(self, traced: TracedTeacher, images: Tensor) -> None:
+    def __init__(self, traced: TracedTeacher, images: Tensor, saliency: np.ndarray | None = None) -> None:
         self.traced, self.images = traced, images
         self.fitted = {name: i for i, name in enumerate(traced.names) if traced.fittable[i]}
         self._generator = torch.Generator().manual_seed(0)
         self._places: dict[int, Tensor] = {}
         self.samples: dict[int, Tensor] = self._run_teacher()
         self.moments = {i: _moments(x) for i, x in self.samples.items()}
+        self.saliency = self._explained_first() if saliency is None else saliency
 
     @torch.no_grad()
     def _run_teacher(self) -> dict[int, Tensor]:
@@ -79,11 +94,12 @@ class Calibration:
             draws = torch.rand(len(self.images), flat.shape[2], generator=self._generator)
             self._places[i] = draws.topk(count).indices.to(x.device)
         places = self._places[i][first : first + len(x)]
-        return flat.gather(2, places[:, None].expand(-1, flat.shape[1], -1)).transpose(1, 2)
+        found = flat.gather(2, places[:, None].expand(-1, flat.shape[1], -1)).transpose(1, 2)
+        return found.float() if found.element_size() < 4 else found
 
     # Which channels
 
-    def saliency(self) -> np.ndarray:
+    def _explained_first(self) -> np.ndarray:
         """For each unit how early the pivoted factorisation of its group takes it, (units,); higher is earlier."""
         traced = self.traced
         value = np.zeros(len(traced.group_of))
@@ -112,26 +128,19 @@ class Calibration:
 
     @torch.no_grad()
     def fit(self, student: fx.GraphModule, arch: Architecture, kept: Sequence[np.ndarray | None]) -> None:
-        """Fit the weights of a student from which no layer was removed, from the teacher's moments alone."""
-        for name, i in self.fitted.items():
-            columns = kept[self.traced.in_axis[i]]
-            if columns is None:
-                continue
-            intercept = self._has_intercept(i, arch)
-            channels = self._channels(i, columns)
-            bridge = self._teacher_bridge(i, channels, intercept)
-            offset = self.moments[i].mean - bridge @ self.moments[i].mean[channels]
-            self._set(student.get_submodule(name), i, kept, bridge, offset if intercept else None)
+        """Fit the sliced weights of a student from which no layer was removed, from the teacher's moments alone.
 
-    def _channels(self, i: int, columns: np.ndarray) -> Tensor:
-        """The channels that remain of layer i's input, given the positions kept on its axis."""
-        repeat = self.traced.repeats[i]
-        return torch.from_numpy(columns[::repeat] // repeat).to(self.images.device)
-
-    def _teacher_bridge(self, i: int, channels: Tensor, intercept: bool) -> Tensor:
-        """A for layer i, (C, C'), where y is the teacher's own input restricted to `channels`, (C',)."""
-        second = _second(self.moments[i], intercept)
-        return _solve(second[channels][:, channels], second[:, channels], RIDGE)
+        What the lost channels did is added to the kept: W_kept + W_lost·A, A = E[h_lost yᵀ] (E[y yᵀ] + εI)⁻¹.
+        """
+        splits = self._splits(self.fitted.values(), kept)
+        lost_weights = self._weights(arch, kept, {i: split.lost for i, split in splits.items()})
+        for i, split in splits.items():
+            module: Any = student.get_submodule(self.traced.names[i])
+            bridge, lost = self._bridge(i, split), lost_weights[i]
+            _set_weight(module, lost, bridge, add=True)
+            if module.bias is not None:
+                mean = self.moments[i].mean.to(bridge)
+                _add_to_bias(module, lost, mean[split.lost] - bridge @ mean[split.kept])
 
     @torch.no_grad()
     def reconstruct(self, student: fx.GraphModule, arch: Architecture, kept: Sequence[np.ndarray | None]) -> None:
@@ -142,13 +151,14 @@ class Calibration:
         """
         calibration = self
         images = self.images[: self._batch_size()]
+        weights = self._weights(arch, kept, {i: None for i in self.fitted.values() if arch.keep[i]})
 
         class Fitter(fx.Interpreter):
             def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
                 module = self.fetch_attr(target)
                 i = calibration.fitted.get(target)
-                if i is not None and arch.keep[i]:
-                    calibration._fit_to(module, i, args[0], arch, kept)
+                if i in weights:
+                    calibration._fit_to(module, i, args[0], weights[i], arch, kept)
                 if isinstance(module, BATCH_NORMS) and module.track_running_stats:
                     _estimate(module, args[0])
                 return super().call_module(target, args, kwargs)
@@ -156,48 +166,125 @@ class Calibration:
         Fitter(student).run(images)
 
     def _fit_to(
-        self, module: nn.Module, i: int, x: Tensor, arch: Architecture, kept: Sequence[np.ndarray | None]
+        self, module: Any, i: int, x: Tensor, weight: Tensor, arch: Architecture, kept: Sequence[np.ndarray | None]
     ) -> None:
+        """Fit layer i to its input x in the student; weight: the teacher's, (C, O', kh', kw')."""
         given = self.sample(i, x, 0).flatten(0, 1)
         wanted = self.samples[i][: len(given)]
-        intercept = self._has_intercept(i, arch)
+        intercept = self._has_intercept(i, arch.keep)
         means = [s.mean(0) if intercept else torch.zeros_like(s[0]) for s in (given, wanted)]
         given, wanted = given - means[0], wanted - means[1]
         second, cross = _product(given, given), _product(wanted, given)
-        columns = kept[self.traced.in_axis[i]]
-        if columns is not None and all(arch.keep):
-            bridge = _solve(second, cross, PRIOR, self._teacher_bridge(i, self._channels(i, columns), intercept))
-        else:
-            bridge = _solve(second, cross, RIDGE)
-        offset = means[1].double() - bridge @ means[0].double()
-        self._set(module, i, kept, bridge, offset if intercept else None)
+        prior = self._teacher_bridge(i, kept) if all(arch.keep) else None
+        bridge = _solve(second, cross, RIDGE if prior is None else PRIOR, prior).to(given.dtype)
+        _set_weight(module, weight, bridge)
+        if module.bias is not None:
+            _add_to_bias(module, weight, means[1] - bridge @ means[0])
 
-    def _has_intercept(self, i: int, arch: Architecture) -> bool:
+    def _has_intercept(self, i: int, keep: Sequence[bool] | None = None) -> bool:
         """Whether a constant that the layer adds is taken up, by its bias or by the norm that follows."""
         norm = self.traced.norm_after[i]
-        return getattr(self.traced.modules[i], "bias", None) is not None or (norm is not None and arch.keep[norm])
+        return getattr(self.traced.modules[i], "bias", None) is not None or (
+            norm is not None and (keep is None or keep[norm])
+        )
 
-    def _set(
-        self, module: Any, i: int, kept: Sequence[np.ndarray | None], bridge: Tensor, offset: Tensor | None
-    ) -> None:
-        """The student's weight becomes that of the teacher's layer i times `bridge`, (C, C')."""
-        teacher: Any = self.traced.modules[i]
-        rows = kept[self.traced.out_axis[i]]
-        weight = teacher.weight.detach() if rows is None else teacher.weight.detach()[torch.from_numpy(rows)]
-        if isinstance(teacher, CONVS):
-            weight = _cropped(weight, module.weight.shape[2:])
-        weight = weight.reshape(len(weight), len(bridge), -1)
-        fitted = torch.einsum("oik,ij->ojk", weight, bridge.to(weight.dtype))
-        module.weight.data.copy_(fitted.reshape(module.weight.shape))
-        if offset is not None and module.bias is not None:
-            bias = teacher.bias.detach() if rows is None else teacher.bias.detach()[torch.from_numpy(rows)]
-            module.bias.data.copy_(bias + weight.sum(2) @ offset.to(weight.dtype))
+    def _split(self, axis: int, repeat: int, kept: np.ndarray) -> _Split:
+        """The split of an axis on which each channel has `repeat` positions, of which `kept` remain."""
+        order, channels = self._orders[axis], kept[::repeat] // repeat
+        is_kept = np.zeros(len(order), dtype=bool)
+        is_kept[channels] = True
+        nested = bool(is_kept[order[: len(channels)]].all())
+        order = order if nested else np.append(channels, np.flatnonzero(~is_kept))
+        first, lost = np.split(order, [len(channels)])
+        return _Split(channels, lost, order, torch.from_numpy(first.argsort()), nested)
+
+    def _splits(self, layers: Iterable[int], kept: Sequence[np.ndarray | None]) -> dict[int, _Split]:
+        """The splits of those of the layers whose input loses channels."""
+        reads = {i: (int(self.traced.in_axis[i]), self.traced.repeats[i]) for i in layers}
+        of_axis = {
+            (axis, repeat): self._split(axis, repeat, channels)
+            for axis, repeat in set(reads.values())
+            if (channels := kept[axis]) is not None
+        }
+        return {i: of_axis[read] for i, read in reads.items() if read in of_axis}
+
+    def _bridge(self, i: int, split: _Split) -> Tensor:
+        """A for layer i, (lost channels, kept channels): what the kept say of the lost."""
+        factor, inverse = self._factors[i] if split.nested else self._factor(i, split.order)
+        k = len(split.kept)
+        return (factor[k:, :k] @ inverse[:k, :k]).index_select(1, split.place.to(factor.device))
+
+    def _teacher_bridge(self, i: int, kept: Sequence[np.ndarray | None]) -> Tensor:
+        """A for layer i, (C, C'), where y is the teacher's own input restricted to the channels kept."""
+        mean = self.moments[i].mean
+        split = self._splits([i], kept).get(i)
+        if split is None:
+            return torch.eye(len(mean)).to(mean)
+        bridge = mean.new_zeros(len(split.order), len(split.kept))
+        bridge[split.kept, np.arange(len(split.kept))] = 1
+        bridge[split.lost] = self._bridge(i, split).to(bridge)
+        return bridge
+
+    def _weights(
+        self, arch: Architecture, kept: Sequence[np.ndarray | None], channels: dict[int, np.ndarray | None]
+    ) -> dict[int, Tensor]:
+        """Teacher weights by input channel, (C, O', kh', kw'), at some input channels of some fitted layers."""
+        bank, kernels, places = self._bank
+        of_layer = [channels.get(i) for i in self.fitted.values()]
+        chosen = np.array([places[i] for i in channels], dtype=np.int64)
+        crops = [arch.kernels[i] if len(arch.kernels[i]) == 2 else kernels[i] for i in channels]
+        cut = bank.materialize(chosen, [*of_layer, *kept], np.array(crops, dtype=np.int64).reshape(-1, 2))
+        return dict(zip(channels, cut, strict=True))
+
+    # What all students share, made when first needed
+
+    @functools.cached_property
+    def _orders(self) -> dict[int, np.ndarray]:
+        """For each axis that a fitted layer reads, its channels by saliency."""
+        repeats = {int(self.traced.in_axis[i]): self.traced.repeats[i] for i in self.fitted.values()}
+        of_axis = {axis: self.saliency[self.traced.axes[axis][::repeat]] for axis, repeat in repeats.items()}
+        return {axis: np.argsort(-saliency, kind="stable") for axis, saliency in of_axis.items()}
+
+    @functools.cached_property
+    def _factors(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """For each fitted layer the factor of its moments by saliency; its leading blocks are those of any width."""
+        return {i: self._factor(i, self._orders[int(self.traced.in_axis[i])]) for i in self.fitted.values()}
+
+    def _factor(self, i: int, order: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Cholesky factor of the second moments of layer i's input, channels in `order`, and its inverse, (C, C)."""
+        second = _second(self.moments[i], self._has_intercept(i))[order][:, order]
+        factor = torch.linalg.cholesky(_ridged(second, RIDGE)[0])
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
+        dtype = self.samples[i].dtype
+        return factor.to(dtype), inverse.to(dtype)
+
+    @functools.cached_property
+    def _bank(self) -> tuple[ops.WeightBank, dict[int, tuple[int, int]], dict[int, int]]:
+        """The fitted layers' weights by input channel, (C, O, kh, kw), their kernels, and each layer's place."""
+        weights: dict[int, Tensor] = {}
+        for i in self.fitted.values():
+            weight: Any = self.traced.modules[i].weight
+            by_channel = weight.detach().view(len(weight), -1, *(weight.shape[2:] or (self.traced.repeats[i],)))
+            flat = by_channel.flatten(3) if by_channel.ndim == 5 else by_channel
+            weights[i] = flat.reshape(*flat.shape[:3], -1).transpose(0, 1)
+        count = len(weights)
+        out_axes = [count + int(self.traced.out_axis[i]) for i in weights]
+        kernels = {i: (weight.shape[2], weight.shape[3]) for i, weight in weights.items()}
+        places = {i: k for k, i in enumerate(weights)}
+        return ops.WeightBank(list(weights.values()), list(range(count)), out_axes), kernels, places
 
 
-def _cropped(weight: Tensor, kernel: Sequence[int]) -> Tensor:
-    for dim, size in enumerate(kernel, 2):
-        weight = weight.narrow(dim, (weight.shape[dim] - size) // 2, size)
-    return weight
+def _set_weight(module: Any, weight: Tensor, bridge: Tensor, add: bool = False) -> None:
+    """The module's weight becomes, or grows by, Wᵀ A: weight W (C, O', kh', kw'), bridge A (C, C')."""
+    result = bridge.T.to(weight.dtype) @ weight.flatten(1)
+    result = result.view(len(result), weight.shape[1], -1).transpose(0, 1)
+    target = module.weight.data.view(result.shape)
+    target.add_(result) if add else target.copy_(result)
+
+
+def _add_to_bias(module: Any, weight: Tensor, constant: Tensor) -> None:
+    """The module's bias grows by what weight (C, O', kh', kw') makes of a constant input (C,)."""
+    module.bias.data.add_(weight.flatten(2).sum(2).T @ constant.to(weight.dtype))
 
 
 def _moments(samples: Tensor) -> Moments:
@@ -218,11 +305,17 @@ def _second(moments: Moments, centred: bool) -> Tensor:
 def _solve(given: Tensor, cross: Tensor, ridge: float, prior: Tensor | None = None) -> Tensor:
     """Minimise E|h - A y|² + ε|A - prior|² over A, (C, C'): given E[y yᵀ] (C', C') and E[h yᵀ] (C, C').
 
-    The ridge keeps dead and doubled channels finite; a prior of None is 0.
+    A prior of None is 0.
     """
-    weight = ridge * given.diagonal().mean().clamp_min(1e-30)
-    factor = torch.linalg.cholesky(given + weight * torch.eye(len(given), dtype=given.dtype, device=given.device))
+    ridged, weight = _ridged(given, ridge)
+    factor = torch.linalg.cholesky(ridged)
     return torch.cholesky_solve((cross if prior is None else cross + weight * prior).T, factor).T
+
+
+def _ridged(second: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Second moments plus εI, which keeps dead and doubled channels finite, and ε, `ridge` times their mean."""
+    weight = ridge * second.diagonal().mean().clamp_min(1e-30)
+    return second + weight * torch.eye(len(second), dtype=second.dtype, device=second.device), weight
 
 
 def _estimate(norm: Any, x: Tensor) -> None:

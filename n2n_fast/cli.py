@@ -17,7 +17,7 @@ from n2n_fast import report, teacher
 from n2n_fast.data import ImageData, accuracy, load
 from n2n_fast.errors import BadInput, first_line
 from n2n_fast.search import Rollout, SearchConfig, SearchProgress, compress, load_student
-from n2n_fast.space import INITS, ArchitectureSpace
+from n2n_fast.space import INITS, SALIENCIES, ArchitectureSpace
 
 INFEASIBLE = 3
 INTERRUPTED = 130
@@ -123,6 +123,7 @@ def cli() -> None:
 @click.option("--learning-rate", type=float, metavar="R", help="Peak learning rate of rollouts.")
 @click.option("--final-learning-rate", type=float, metavar="R", help="Peak learning rate of the best students.")
 @click.option("--init", type=click.Choice(INITS), help="What students start from.")
+@click.option("--saliency", type=click.Choice(SALIENCIES), help="Which channels students keep.")
 @click.option("--kd-weight", type=float, metavar="λ", help="Weight of the distillation loss.")
 @click.option("--max-params", type=int, metavar="N", help="Students must have no more parameters.")
 @click.option("--min-accuracy", type=float, metavar="A", help="Students must reach this validation accuracy, 0 to 1.")

@@ -7,12 +7,14 @@ torch, which tests compare with and which serves dtypes and devices without a ke
 
 from __future__ import annotations
 
+import functools
 import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch.autograd.function import FunctionCtx
 from n2n_fast import _C
 
 __all__ = [
+    "WeightBank",
     "build_info",
     "kd_loss",
     "kd_loss_and_grad",
@@ -251,13 +254,19 @@ def _views(flat: Tensor, layout: _Layout) -> list[Tensor]:
 def _detached_views(flat: Tensor, layout: _Layout) -> list[Tensor]:
     """Return the same in half the time, each with a version counter of its own."""
     start = flat.storage_offset()  # as_strided counts from the beginning of the storage
-    views = []
-    for shape, offset in zip(layout.shapes, layout.offsets, strict=True):
-        strides = [1]
-        for size in shape[:0:-1]:
-            strides.append(strides[-1] * size)
-        views.append(flat.as_strided(shape, strides[::-1], start + offset).data)
-    return views
+    return [
+        flat.as_strided(shape, _strides(shape), start + offset).data
+        for shape, offset in zip(layout.shapes, layout.offsets, strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.append(strides[-1] * size)
+    return tuple(strides[::-1])
 
 
 def _fill(
@@ -275,16 +284,21 @@ def _fill(
         return
     weights = [w if w.is_contiguous() else w.contiguous() for w in weights]
     rows, columns = [_host_index(i) for i in keep_out], [_host_index(i) for i in keep_in]
-    table = _table(weights, rows, columns, layout)
+    _launch(_table(weights, rows, columns, layout), len(weights), flat)
+
+
+def _launch(table: _C.Table, count: int, flat: Tensor) -> None:
+    """Run the kernel on a table of `count` pieces; what the table points to must outlive the call."""
+    device, element_bytes = flat.device, flat.element_size()
     if device.type == "cpu":
-        _C.materialize_cpu(table, flat.element_size(), flat.data_ptr(), flat.shape[0], torch.get_num_threads())
+        _C.materialize_cpu(table, element_bytes, flat.data_ptr(), flat.shape[0], torch.get_num_threads())
         return
     with torch.cuda.device(device):
         packed = torch.empty(_C.materialize_pack_words(table), dtype=torch.int64, pin_memory=True)
-        blocks = _C.materialize_pack(table, flat.element_size(), flat.shape[0], packed.data_ptr())
+        blocks = _C.materialize_pack(table, element_bytes, flat.shape[0], packed.data_ptr())
         on_device = packed.to(device, non_blocking=True)
         stream = torch.cuda.current_stream(device).cuda_stream
-        _C.materialize_cuda(on_device.data_ptr(), len(weights), blocks, flat.element_size(), flat.data_ptr(), stream)
+        _C.materialize_cuda(on_device.data_ptr(), count, blocks, element_bytes, flat.data_ptr(), stream)
 
 
 def _host_index(index: Tensor | None) -> Tensor | None:
@@ -307,6 +321,118 @@ def _table(
         column_address = 0 if column is None else column.data_ptr()
         table += (weight.data_ptr(), *source, row_address, result[0], column_address, *result[1:], offset)
     return array("q", table)
+
+
+class WeightBank:
+    """A teacher's tensors, described once, out of which many students are cut: ``materialize`` at less cost a call.
+
+    Channels are kept by axis: all weights whose channels lie on one axis keep the same. Values may change between
+    calls, shapes may not.
+
+    Args:
+        weights: (O,), (O, I) or (O, I, kh, kw) each; one dtype, one device. Those not contiguous are copied.
+        out_axes, in_axes: for each weight, the axis of its O and of its I channels; an I that is always kept whole,
+            as that of a vector, is None.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], out_axes: Sequence[int], in_axes: Sequence[int | None]) -> None:
+        for name, entries in (("out_axes", out_axes), ("in_axes", in_axes)):
+            if len(entries) != len(weights):
+                raise ValueError(
+                    f"{name}: expected {len(weights)} entries, one for each of weights, got {len(entries)}"
+                )
+        if weights:  # check dtypes, devices and dimensions
+            _check_materialize(weights, [None] * len(weights), [None] * len(weights), None)
+        self.weights = [weight.detach().contiguous() for weight in weights]
+        self._dims = [weight.ndim for weight in weights]
+        self._sizes = np.array([(*weight.shape, 1, 1, 1)[:4] for weight in weights], dtype=np.int64).reshape(-1, 4)
+        self._axes = np.array(
+            [(out, -1 if axis is None else axis) for out, axis in zip(out_axes, in_axes, strict=True)], dtype=np.int64
+        ).reshape(-1, 2)
+
+    def materialize(
+        self, chosen: np.ndarray, kept: Sequence[np.ndarray | None], kernel_size: np.ndarray | None = None
+    ) -> list[Tensor]:
+        """Cut the weights `chosen` out, as ``materialize`` does.
+
+        Args:
+            chosen: positions among the weights, (n,).
+            kept: for each axis the indices of the channels to keep, (channels,) int64, or None for all.
+            kernel_size: (n, 2), the cropped kernels' sizes, both 1 for weights without kernels; default: uncropped.
+
+        Raises:
+            ValueError: naming the argument, what was expected and what came; nothing has been written then.
+        """
+        if len(chosen) == 0:
+            return []
+        if len(kept) <= self._axes.max():
+            raise ValueError(f"kept: expected {self._axes.max() + 1} entries, one for each axis, got {len(kept)}")
+        indices = [None if index is None else _index_array(f"kept[{axis}]", index) for axis, index in enumerate(kept)]
+        address = np.array([0 if index is None else index.ctypes.data for index in (*indices, None)])
+        length = np.array([-1 if index is None else len(index) for index in (*indices, None)])
+        positions, sizes, axes = chosen.tolist(), self._sizes[chosen], self._axes[chosen]
+        weights = [self.weights[i] for i in positions]
+        channels = np.where(length[axes] < 0, sizes[:, :2], length[axes])
+        crop = sizes[:, 2:] if kernel_size is None else kernel_size
+        _check_crops(sizes[:, 2:], crop)
+        table = np.empty(len(chosen), dtype=_PIECE)
+        table["source"] = [weight.data_ptr() for weight in weights]
+        table["size"], table["crop"] = sizes, crop
+        table["keep_out"], table["keep_in"] = address[axes].T
+        table["kept_out"], table["kept_in"] = channels.T
+        step = max(1, _ALIGNMENT // weights[0].element_size())
+        padded = -(-channels.prod(1) * crop.prod(1) // step) * step
+        ends = padded.cumsum()
+        table["offset"] = ends - padded
+        whole = np.concatenate([channels, crop], 1).tolist()
+        shapes = [tuple(shape[: self._dims[i]]) for i, shape in zip(positions, whole, strict=True)]
+        layout = _Layout(shapes, table["offset"].tolist(), int(ends[-1]))
+        flat = weights[0].new_empty(layout.numel)
+        if _is_native(flat.device, flat.dtype) and layout.numel > 0:
+            _launch(table.view(np.int64), len(chosen), flat)
+        else:
+            tensors = [None if index is None else torch.from_numpy(index) for index in (*indices, None)]
+            keep_out, keep_in = ([tensors[axis] for axis in side] for side in axes.T)
+            kernels = [
+                (h, w) if self._dims[i] == 4 else None for i, (h, w) in zip(positions, crop.tolist(), strict=True)
+            ]
+            _fill_reference(flat, weights, keep_out, keep_in, kernels, layout)
+        return _detached_views(flat, layout)
+
+
+_PIECE = np.dtype(  # struct Piece of csrc/materialize.h
+    [
+        ("source", np.int64),
+        ("size", np.int64, 4),
+        ("keep_out", np.int64),
+        ("kept_out", np.int64),
+        ("keep_in", np.int64),
+        ("kept_in", np.int64),
+        ("crop", np.int64, 2),
+        ("offset", np.int64),
+    ]
+)
+
+
+def _index_array(name: str, index: np.ndarray) -> np.ndarray:
+    if index.dtype != np.int64 or index.ndim != 1:
+        raise ValueError(f"{name}: expected one dimension of int64 indices, got {index.dtype} of shape {index.shape}")
+    return np.ascontiguousarray(index)
+
+
+def _check_crops(kernels: np.ndarray, crops: np.ndarray) -> None:
+    """Both (n, 2)."""
+    cut = kernels - crops
+    wrong = ((cut < 0) | (cut % 2 > 0) | (crops < 1)).any(1)
+    if wrong.any():
+        k = int(wrong.argmax())
+        raise ValueError(
+            f"kernel_size[{k}]: {tuple(crops[k].tolist())} cannot be cropped at the centre of the "
+            f"{tuple(kernels[k].tolist())} kernels; both differences must be even and not negative"
+        )
 
 
 def _fill_reference(

@@ -22,7 +22,7 @@ from n2n_fast.errors import BadInput, DegenerateArchitecture, first_line
 from n2n_fast.graph import Architecture
 from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy
 from n2n_fast.reward import DEGENERATE, Constraints, reward
-from n2n_fast.space import INITS, ArchitectureSpace
+from n2n_fast.space import INITS, SALIENCIES, ArchitectureSpace
 from n2n_fast.student import independent_copy
 
 STAGES = {"both": ("removal", "shrinkage"), "removal": ("removal",), "shrinkage": ("shrinkage",)}
@@ -38,6 +38,7 @@ class SearchConfig:
     epochs: float = 1.0  # a rollout's student is trained for this many epochs; may be a fraction
     final_epochs: float = 10.0  # for the best student of each stage
     init: str = "reconstructed"  # what students start from: reconstructed, calibrated, inherit or random
+    saliency: str | None = None  # activations or l1; default: activations where weights are fitted to them
     batch_size: int = 128
     learning_rate: float = 0.02  # peak, for a rollout's student: fitted weights want small steps
     final_learning_rate: float = 0.05  # peak, for the best student of each stage
@@ -59,6 +60,7 @@ class SearchConfig:
         rules: dict[str, tuple[bool, str]] = {
             "stages": (self.stages in STAGES, f"one of {', '.join(STAGES)}"),
             "init": (self.init in INITS, f"one of {', '.join(INITS)}"),
+            "saliency": (self.saliency in (None, *SALIENCIES), f"one of {', '.join(SALIENCIES)}"),
             **{name: (getattr(self, name) >= 1, "at least 1") for name in ("updates", "rollouts", "batch_size")},
             **{name: (0 <= getattr(self, name) < math.inf, "at least 0") for name in ("epochs", "final_epochs")},
             **{n: (0 < getattr(self, n) < math.inf, "above 0") for n in ("learning_rate", "final_learning_rate")},
@@ -208,8 +210,9 @@ class _Search:
         return self._finish(student, chosen)
 
     def _space(self, teacher: nn.Module) -> ArchitectureSpace:
-        fits = self.config.init in ("reconstructed", "calibrated")
-        return ArchitectureSpace(teacher, self.calibration[:2], self.calibration if fits else None)
+        looks = self.config.init in ("reconstructed", "calibrated") or self.config.saliency == "activations"
+        images = self.calibration if looks else None
+        return ArchitectureSpace(teacher, self.calibration[:2], images, saliency=self.config.saliency)
 
     # One stage
 

@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 from n2n_fast.calibration import Calibration
 from n2n_fast.errors import DegenerateArchitecture
 from n2n_fast.graph import KINDS, Architecture, Layer, TracedTeacher, crop, smallest_kernel
-from n2n_fast.student import StudentFactory, randomize
+from n2n_fast.student import StudentFactory, l1_saliency, randomize
 
 INITS = ("calibrated", "reconstructed", "inherit", "random")
+SALIENCIES = ("activations", "l1")
 
 
 class ArchitectureSpace:
@@ -21,6 +22,8 @@ class ArchitectureSpace:
 
     teacher: nn.Module with one image input. example_input: (N, C, H, W), N >= 1, the images it will see.
     calibration: unlabelled training images (M, C, H, W) to which students' weights are fitted, a few hundred.
+    saliency: which channels a student keeps: "activations", those that tell most of all others on the calibration
+    images, the default where there are such; or "l1", those of the largest weights.
     leaf: paths of submodules to be treated as one opaque layer each.
     Raises BadInput if the teacher cannot be traced or does not accept the images.
     """
@@ -35,12 +38,21 @@ class ArchitectureSpace:
         example_input: Tensor,
         calibration: Tensor | None = None,
         *,
+        saliency: str | None = None,
         leaf: Iterable[str] = (),
     ) -> None:
+        saliency = saliency or ("l1" if calibration is None else "activations")
+        if saliency not in SALIENCIES:
+            raise ValueError(f"saliency: expected one of {', '.join(SALIENCIES)}, got {saliency!r}")
+        if saliency == "activations" and calibration is None:
+            raise ValueError("saliency: 'activations' needs calibration images")
         self._traced = TracedTeacher(teacher, example_input, leaf)
-        self._calibration = None if calibration is None else Calibration(self._traced, calibration)
-        saliency = None if self._calibration is None else self._calibration.saliency()
-        self._factory = StudentFactory(self._traced, saliency)
+        self._calibration: Calibration | None = None
+        value = l1_saliency(self._traced)
+        if calibration is not None:
+            self._calibration = Calibration(self._traced, calibration, value if saliency == "l1" else None)
+            value = self._calibration.saliency
+        self._factory = StudentFactory(self._traced, value)
         self._smallest = tuple(smallest_kernel(module) for module in self._traced.modules)
         self._classes_of: dict[tuple[bool, ...], list[dict[int, int]]] = {}
         self.layers = self._traced.layers

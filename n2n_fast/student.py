@@ -1,12 +1,11 @@
 """Architecture -> nn.Module: which channels of the teacher a student keeps, and the module that holds them."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx, nn
 
 from n2n_fast import ops
@@ -43,14 +42,14 @@ def slots_of(traced: TracedTeacher) -> list[Slot]:
     return slots
 
 
-def l1_saliency(traced: TracedTeacher, slots: Sequence[Slot]) -> np.ndarray:
+def l1_saliency(traced: TracedTeacher) -> np.ndarray:
     """Saliency of each unit by absolute weights, (units,) float64.
 
     The sum over all tensors that write a unit times the sum over all that read it, each tensor divided by its mean:
     a channel that nobody writes or nobody reads is worth nothing, whatever the other side weighs.
     """
     written, read = (np.zeros(len(traced.group_of)) for _ in range(2))
-    for slot in slots:
+    for slot in slots_of(traced):
         if not slot.is_parameter:
             continue
         weight = slot.tensor.abs().double().flatten(1) if slot.tensor.ndim > 1 else slot.tensor.abs().double()[:, None]
@@ -66,11 +65,17 @@ def l1_saliency(traced: TracedTeacher, slots: Sequence[Slot]) -> np.ndarray:
 class StudentFactory:
     """Builds students of one traced teacher: shallow clones of its graph, their tensors cut by one native call."""
 
-    def __init__(self, traced: TracedTeacher, saliency: np.ndarray | None = None) -> None:
-        """saliency: of each unit, (units,); absolute weights by default."""
+    def __init__(self, traced: TracedTeacher, saliency: np.ndarray) -> None:
+        """saliency: of each unit, (units,); the highest are kept."""
         self.traced = traced
         self.slots = slots_of(traced)
-        self.saliency = l1_saliency(traced, self.slots) if saliency is None else saliency
+        self.saliency = saliency
+        self.banks = []
+        for dtype in dict.fromkeys(slot.tensor.dtype for slot in self.slots):
+            slots = [slot for slot in self.slots if slot.tensor.dtype == dtype]
+            tensors = [_as_2d_kernel(slot.tensor) for slot in slots]
+            bank = ops.WeightBank(tensors, [slot.out_axis for slot in slots], [slot.in_axis for slot in slots])
+            self.banks.append((bank, slots, np.array([slot.layer for slot in slots])))
         cut = {(slot.layer, slot.name) for slot in self.slots}
         # whatever else a layer holds is copied as it is: BN's counters, the weights of opaque modules
         self.whole = [
@@ -80,12 +85,10 @@ class StudentFactory:
 
     def build(self, arch: Architecture, kept: Sequence[np.ndarray | None]) -> fx.GraphModule:
         """The student with its weights sliced from the teacher's ("inherit"); kept: as `kept_channels` gives it."""
-        slots = [slot for slot in self.slots if arch.keep[slot.layer]]
-        tensors = self._materialize(arch, slots, kept)
         modules: list[nn.Module] = [
             self._resized(i, arch, kept) if keep else nn.Identity() for i, keep in enumerate(arch.keep)
         ]
-        for slot, tensor in zip(slots, tensors, strict=True):
+        for slot, tensor in self._materialize(arch, kept):
             place: dict[str, Any] = (
                 modules[slot.layer]._parameters if slot.is_parameter else modules[slot.layer]._buffers
             )
@@ -112,56 +115,31 @@ class StudentFactory:
         masks = [keep[axis] for axis in traced.axes]
         return [None if mask.all() else np.flatnonzero(mask) for mask in masks]
 
-    def _materialize(
-        self, arch: Architecture, slots: Sequence[Slot], kept: Sequence[np.ndarray | None]
-    ) -> list[Tensor]:
-        """The students' tensors, in the order of `slots`; one native call for each dtype among them."""
-        index = [None if k is None else torch.from_numpy(k) for k in kept]
-        made: dict[int, Tensor] = {}
-        for dtype in {slot.tensor.dtype for slot in slots}:
-            chosen = [i for i, slot in enumerate(slots) if slot.tensor.dtype == dtype]
-            results = ops.materialize(
-                [_as_2d_kernel(slots[i].tensor) for i in chosen],
-                [index[slots[i].out_axis] for i in chosen],
-                [None if (axis := slots[i].in_axis) is None else index[axis] for i in chosen],
-                [_new_kernel(slots[i], arch) for i in chosen],
-            )
-            for i, result in zip(chosen, results, strict=True):
-                made[i] = (
-                    result.view(*result.shape[:2], *slots[i].tensor.shape[2:])
-                    if slots[i].tensor.ndim in (3, 5)
-                    else result
-                )
-        return [made[i] for i in range(len(slots))]
+    def _materialize(self, arch: Architecture, kept: Sequence[np.ndarray | None]) -> Iterator[tuple[Slot, Tensor]]:
+        """The student's tensors; one native call for each dtype among them."""
+        keep = np.array(arch.keep)
+        for bank, slots, layers in self.banks:
+            chosen = np.flatnonzero(keep[layers])
+            kernels = np.array([_new_kernel(slots[k], arch) for k in chosen.tolist()]).reshape(-1, 2)
+            for k, tensor in zip(chosen.tolist(), bank.materialize(chosen, kept, kernels), strict=True):
+                source = slots[k].tensor
+                yield slots[k], tensor.view(*tensor.shape[:2], *source.shape[2:]) if source.ndim in (3, 5) else tensor
 
     def _resized(self, i: int, arch: Architecture, kept: Sequence[np.ndarray | None]) -> nn.Module:
         """Layer i as a shallow copy that announces its new shapes."""
         traced, module = self.traced, self.traced.modules[i]
         if traced.out_axis[i] < 0:
             return copy.deepcopy(module).eval()
-        copied: Any = shallow_copy(module)
+        copied = shallow_copy(module)
         for name in self.whole[i]:
             tensors: dict[str, Any] = copied._parameters if name in copied._parameters else copied._buffers
-            tensors[name] = copy.deepcopy(tensors[name])
+            tensors[name] = _own(tensors[name])
         given, made = (
             len(traced.axes[axis]) if kept[axis] is None else len(kept[axis])
             for axis in (traced.in_axis[i], traced.out_axis[i])
         )
-        if isinstance(module, CONVS):
-            copied.in_channels, copied.out_channels = given, made
-            copied.groups = given * module.groups // module.in_channels if module.groups > 1 else 1
-            _crop_convolution(copied, arch.kernels[i])
-        elif isinstance(module, nn.Linear):
-            copied.in_features, copied.out_features = given, made
-        elif isinstance(module, nn.GroupNorm):
-            copied.num_groups, copied.num_channels = module.num_groups * made // module.num_channels, made
-        elif isinstance(module, nn.LayerNorm):
-            copied.normalized_shape = (made,)
-        elif isinstance(module, nn.PReLU):
-            copied.num_parameters = made if module.num_parameters > 1 else 1
-        elif hasattr(module, "num_features"):
-            copied.num_features = made
-        return copied  # type: ignore[no-any-return]
+        copied.__dict__.update(_shape_attributes(module, given, made, arch.kernels[i]))  # past nn.Module's slow setattr
+        return copied
 
     def _assemble(self, layers: dict[str, nn.Module]) -> fx.GraphModule:
         """A clone of the traced graph module with other layers: the same forward, nothing shared but the graph."""
@@ -176,13 +154,19 @@ def _clone(module: nn.Module, path: str, layers: dict[str, nn.Module]) -> nn.Mod
     if path in layers:
         return layers[path]
     copied = bare_copy(module)
-    copied._parameters = {k: copy.deepcopy(v) for k, v in module._parameters.items()}
-    copied._buffers = {k: copy.deepcopy(v) for k, v in module._buffers.items()}
+    for tensors in (copied._parameters, copied._buffers):
+        tensors.update((name, _own(value)) for name, value in tensors.items())
     prefix = f"{path}." if path else ""
-    copied._modules = {
-        name: _clone(child, prefix + name, layers) for name, child in module._modules.items() if child is not None
-    }
+    for name, child in module._modules.items():
+        copied._modules[name] = None if child is None else _clone(child, prefix + name, layers)
     return copied
+
+
+def _own(tensor: Tensor | None) -> Any:
+    """A copy of a parameter or buffer."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+    return None if tensor is None else tensor.clone()
 
 
 def _as_2d_kernel(weight: Tensor) -> Tensor:
@@ -192,24 +176,46 @@ def _as_2d_kernel(weight: Tensor) -> Tensor:
     return weight.flatten(3) if weight.ndim == 5 else weight
 
 
-def _new_kernel(slot: Slot, arch: Architecture) -> tuple[int, int] | None:
+def _new_kernel(slot: Slot, arch: Architecture) -> tuple[int, ...]:
+    """The size to which the tensor, as `_as_2d_kernel` has it, is cropped."""
     kernel = arch.kernels[slot.layer]
-    return (kernel[0], kernel[1]) if slot.tensor.ndim == 4 and len(kernel) == 2 else None
+    if slot.tensor.ndim == 4 and len(kernel) == 2:
+        return kernel
+    return tuple(_as_2d_kernel(slot.tensor).shape[2:]) or (1, 1)
 
 
-def _crop_convolution(conv: Any, kernel: tuple[int, ...]) -> None:
-    """Set the kernel size of `conv`, and the padding that leaves its output's size unchanged."""
-    cut = [(before - after) // 2 for before, after in zip(kernel_size(conv), kernel, strict=True)]
-    conv.kernel_size = kernel
-    if conv.padding == "valid":
-        return
+def _shape_attributes(module: nn.Module, given: int, made: int, kernel: tuple[int, ...]) -> dict[str, Any]:
+    """What a layer says of its own shapes once it reads `given` channels and writes `made`."""
+    if isinstance(module, CONVS):
+        groups = given * module.groups // module.in_channels if module.groups > 1 else 1
+        channels = {"in_channels": given, "out_channels": made, "groups": groups}
+        return channels | _cropped_attributes(module, kernel)
+    if isinstance(module, nn.Linear):
+        return {"in_features": given, "out_features": made}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_groups": module.num_groups * made // module.num_channels, "num_channels": made}
+    if isinstance(module, nn.LayerNorm):
+        return {"normalized_shape": (made,)}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": made if module.num_parameters > 1 else 1}
+    return {"num_features": made} if hasattr(module, "num_features") else {}
+
+
+def _cropped_attributes(conv: Any, kernel: tuple[int, ...]) -> dict[str, Any]:
+    """A smaller kernel for `conv`, and the padding that leaves its output's size unchanged."""
+    before = kernel_size(conv)
+    if kernel == before or conv.padding == "valid":
+        return {"kernel_size": kernel}
     if conv.padding == "same":
+        padding = conv.padding
         totals = [d * (k - 1) for d, k in zip(conv.dilation, kernel, strict=True)]
         sides = [(total // 2, total - total // 2) for total in totals]
     else:
-        conv.padding = tuple(p - c * d for p, c, d in zip(conv.padding, cut, conv.dilation, strict=True))
-        sides = [(p, p) for p in conv.padding]
-    conv._reversed_padding_repeated_twice = [p for side in reversed(sides) for p in side]  # torch pads by this one
+        cuts = [(a - b) // 2 * d for a, b, d in zip(before, kernel, conv.dilation, strict=True)]
+        padding = tuple(p - cut for p, cut in zip(conv.padding, cuts, strict=True))
+        sides = [(p, p) for p in padding]
+    twice = [p for side in reversed(sides) for p in side]  # torch pads by this one
+    return {"kernel_size": kernel, "padding": padding, "_reversed_padding_repeated_twice": twice}
 
 
 def randomize(student: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import contextlib
 import operator
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -118,13 +119,20 @@ def _erase_identities(traced: fx.GraphModule) -> None:
 
 
 def bare_copy(module: nn.Module) -> nn.Module:
-    """A module in eval mode that shares the tensors and children of `module`, but no dictionary, and has no hooks."""
+    """A module in eval mode that shares the tensors and children of `module`, but no hooks, and has dictionaries of its
+    own for all three.
+    """
     copied: nn.Module = module.__class__.__new__(module.__class__)
-    for name, value in module.__dict__.items():
-        is_hooks = "_hooks" in name and isinstance(value, dict)
-        copied.__dict__[name] = type(value)() if is_hooks else value.copy() if isinstance(value, dict) else value
-    copied.training = False
+    attributes = copied.__dict__
+    attributes.update(module.__dict__, training=False)
+    for name in ("_parameters", "_buffers", "_modules"):
+        attributes[name] = attributes[name].copy()
+    for name in _HOOKS:
+        attributes[name] = OrderedDict()
     return copied
+
+
+_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, dict))
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ import threading
 from array import array
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -467,6 +468,88 @@ def test_a_recycled_buffer(call, spare, before):
     assert_results(results, [weights[0][[5, 1]], weights[1]])
     assert out.isfinite().all()
     assert (out[len(out) - spare :] == 0).all()
+
+
+@st.composite
+def banks(draw):
+    """Weights whose channels lie on shared axes, and one cut of some of them."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
+    sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    axis = st.integers(0, len(sizes) - 1)
+    weights, out_axes, in_axes, kernels = [], [], [], []
+    for _ in range(draw(st.integers(1, 6))):
+        out, given = draw(axis), draw(st.none() | axis)
+        kernel = draw(st.sampled_from([None, 1, 3, 5])) if given is not None else None
+        shape = [sizes[out]] + ([] if given is None else [sizes[given]]) + ([] if kernel is None else [kernel, kernel])
+        weights.append(torch.randn(shape, generator=generator))
+        out_axes.append(out)
+        in_axes.append(given)
+        kernels.append(tuple(draw(st.integers(0, kernel // 2)) * 2 + 1 for _ in "hw") if kernel else (1, 1))
+    kept = [
+        draw(st.none() | st.lists(st.integers(0, size - 1), max_size=12).map(lambda i: np.array(i, dtype=np.int64)))
+        for size in sizes
+    ]
+    chosen = np.array(draw(st.lists(st.integers(0, len(weights) - 1), unique=True)), dtype=np.int64)
+    return weights, out_axes, in_axes, kernels, kept, chosen
+
+
+@settings(max_examples=200, deadline=None)
+@given(banks(), st.sampled_from([torch.float32, torch.bfloat16, torch.int32]))
+def test_a_bank_cuts_as_materialize_does(arguments, dtype):
+    weights, out_axes, in_axes, kernels, kept, chosen = arguments
+    weights = [(100 * weight).to(dtype) for weight in weights]
+    index = [None if k is None else torch.from_numpy(k) for k in kept]
+    wanted = [
+        by_indexing(
+            weights[i],
+            index[out_axes[i]],
+            None if in_axes[i] is None else index[in_axes[i]],
+            kernels[i] if weights[i].ndim == 4 else None,
+        )
+        for i in chosen
+    ]
+    bank = ops.WeightBank(weights, out_axes, in_axes)
+    crops = np.array([kernels[i] for i in chosen], dtype=np.int64).reshape(-1, 2)
+    assert_results(bank.materialize(chosen, kept, crops), wanted)
+
+
+def test_a_bank_follows_its_weights():
+    weight = torch.randn(4, 3)
+    bank = ops.WeightBank([weight], [0], [1])
+    weight.data = weight.data + 1  # a new storage: the bank keeps what it was given
+    weight = bank.weights[0]
+    weight.fill_(7)
+    (result,) = bank.materialize(np.array([0]), [np.array([2]), None])
+    assert result.tolist() == [[7, 7, 7]]
+
+
+@pytest.mark.parametrize(
+    ("kept", "crop", "message"),
+    [
+        ([np.array([4]), None], None, "keep_out[0]: index 4 out of range for 4 output channels of weights[0]"),
+        ([None, np.array([-1])], None, "keep_in[0]: index -1 out of range for 3 input channels of weights[0]"),
+        ([np.array([0.5]), None], None, "kept[0]: expected one dimension of int64 indices, got float64 of shape (1,)"),
+        ([None, np.array([[1]])], None, "kept[1]: expected one dimension of int64 indices, got int64 of shape (1, 1)"),
+        ([None, None], [[2, 3]], ("kernel_size[0]: (2, 3) cannot be cropped at the centre of the (3, 3) "
+                                  "kernels; both differences must be even and not negative")),
+    ],
+)  # fmt: skip
+def test_a_bank_refuses(kept, crop, message):
+    bank = ops.WeightBank([torch.randn(4, 3, 3, 3)], [0], [1])
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        bank.materialize(np.array([0]), kept, None if crop is None else np.array(crop))
+    with pytest.raises(IndexError):
+        bank.materialize(np.array([1]), [None, None])
+    with pytest.raises(ValueError, match=r"^kept: expected 2 entries, one for each axis, got 1$"):
+        bank.materialize(np.array([0]), [None])
+
+
+def test_a_bank_checks_its_weights_once():
+    with pytest.raises(ValueError, match=r"^out_axes: expected 1 entries, one for each of weights, got 2$"):
+        ops.WeightBank([torch.randn(3)], [0, 1], [None])
+    with pytest.raises(ValueError, match=r"^weights\[1\]: expected torch.float32 on cpu"):
+        ops.WeightBank([torch.randn(3), torch.randn(3).double()], [0, 0], [None, None])
+    assert ops.WeightBank([], [], []).materialize(np.array([], dtype=np.int64), []) == []
 
 
 def test_nothing_to_do():
