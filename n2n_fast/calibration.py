@@ -8,6 +8,7 @@ greedy by how much of all others a channel explains.
 """
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +19,16 @@ from torch import Tensor, fx
 
 from n2n_fast import ops
 from n2n_fast.channels import BATCH_NORMS
+from n2n_fast.errors import BadInput, DegenerateArchitecture
 from n2n_fast.graph import Architecture, TracedTeacher
 
 RIDGE = 1e-4  # ε in units of the mean variance of y
-PRIOR = 1e-2  # the same, towards the teacher's own bridge, where the student's activations are fitted
-EXPLAINED = 1e-5  # of a channel's variance: what is left of it is the moments' rounding
+PRIOR = 1e-2  # the same where the student's own activations are fitted, towards the teacher's bridge
+EXPLAINED = 1e-5  # of a variance: what is left of it is the moments' rounding
 SAMPLES_PER_CHANNEL = 16
 MIN_SAMPLES = 4096
-MAX_BATCH_NUMBERS = 2**26  # the largest activation that a pass holds at once
+PASS_NUMBERS = 2**23  # the largest activation of a batch through the teacher: what caches hold is fastest
+MAX_PASS_NUMBERS = 2**26  # the same through a student, whose layers see all images at once
 
 
 @dataclass(frozen=True)
@@ -63,38 +66,51 @@ class Calibration:
         self._places: dict[int, Tensor] = {}
         self.samples: dict[int, Tensor] = self._run_teacher()
         self.moments = {i: _moments(x) for i, x in self.samples.items()}
+        for i, moments in self.moments.items():
+            if not moments.covariance.isfinite().all():
+                raise BadInput(
+                    f"the input of the teacher's layer {traced.names[i]} is not finite on calibration images"
+                )
         self.saliency = self._explained_first() if saliency is None else saliency
 
     @torch.no_grad()
     def _run_teacher(self) -> dict[int, Tensor]:
         parts: dict[int, list[Tensor]] = {i: [] for i in self.fitted.values()}
         calibration = self
+        first = 0
 
         class Recorder(fx.Interpreter):
             def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
                 if target in calibration.fitted:
                     i = calibration.fitted[target]
-                    parts[i].append(calibration.sample(i, args[0], sum(map(len, parts[i]))))
+                    parts[i].append(calibration.sample(i, args[0], first))
                 return super().call_module(target, args, kwargs)
 
-        for start in range(0, len(self.images), self._batch_size()):
-            Recorder(self.traced.module).run(self.images[start : start + self._batch_size()])
-        return {i: torch.cat([part.flatten(0, 1) for part in rows]) for i, rows in parts.items()}
+        while first < len(self.images):
+            batch = self._batch(first, PASS_NUMBERS)
+            Recorder(self.traced.module).run(batch)
+            first += len(batch)
+        return {i: torch.cat(rows) for i, rows in parts.items()}
 
-    def _batch_size(self) -> int:
-        return max(1, MAX_BATCH_NUMBERS // self.traced.largest_activation)
+    def _batch(self, first: int, numbers: int) -> Tensor:
+        """Images from the `first` on, as many as `numbers` allow; by position, which is faster to sample."""
+        count = max(1, numbers // self.traced.largest_activation)
+        images = self.images[first : first + count]
+        return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
 
     def sample(self, i: int, x: Tensor, first: int) -> Tensor:
-        """Layer i's input x, for images first, first + 1, ..., at that layer's positions: (n, positions, channels)."""
+        """Layer i's input x, for images first, first + 1, ..., at that layer's positions: (samples, channels)."""
         repeat = self.traced.repeats[i]
-        flat = x.reshape(len(x), -1, repeat) if repeat > 1 else x.flatten(2) if x.ndim > 2 else x[:, :, None]
+        rows = x.view(len(x), -1, repeat).mT if x.ndim == 2 else x.movedim(1, -1).flatten(1, -2)
+        positions = rows.shape[1]
         if i not in self._places:
-            wanted = max(MIN_SAMPLES, SAMPLES_PER_CHANNEL * flat.shape[1])
-            count = min(flat.shape[2], -(-wanted // len(self.images)))
-            draws = torch.rand(len(self.images), flat.shape[2], generator=self._generator)
+            wanted = max(MIN_SAMPLES, SAMPLES_PER_CHANNEL * rows.shape[2])
+            count = min(positions, -(-wanted // len(self.images)))
+            draws = torch.rand(len(self.images), positions, generator=self._generator)
             self._places[i] = draws.topk(count).indices.to(x.device)
         places = self._places[i][first : first + len(x)]
-        found = flat.gather(2, places[:, None].expand(-1, flat.shape[1], -1)).transpose(1, 2)
+        image = torch.arange(len(x), device=x.device)[:, None]
+        found = rows.reshape(-1, rows.shape[2])[(image * positions + places).flatten()]
         return found.float() if found.element_size() < 4 else found
 
     # Which channels
@@ -150,7 +166,6 @@ class Calibration:
         reconstruction), so that errors do not add up and removed layers are bridged.
         """
         calibration = self
-        images = self.images[: self._batch_size()]
         weights = self._weights(arch, kept, {i: None for i in self.fitted.values() if arch.keep[i]})
 
         class Fitter(fx.Interpreter):
@@ -163,20 +178,18 @@ class Calibration:
                     _estimate(module, args[0])
                 return super().call_module(target, args, kwargs)
 
-        Fitter(student).run(images)
+        Fitter(student).run(self._batch(0, MAX_PASS_NUMBERS))
 
     def _fit_to(
         self, module: Any, i: int, x: Tensor, weight: Tensor, arch: Architecture, kept: Sequence[np.ndarray | None]
     ) -> None:
         """Fit layer i to its input x in the student; weight: the teacher's, (C, O', kh', kw')."""
-        given = self.sample(i, x, 0).flatten(0, 1)
+        given = self.sample(i, x, 0)
         wanted = self.samples[i][: len(given)]
         intercept = self._has_intercept(i, arch.keep)
         means = [s.mean(0) if intercept else torch.zeros_like(s[0]) for s in (given, wanted)]
         given, wanted = given - means[0], wanted - means[1]
-        second, cross = _product(given, given), _product(wanted, given)
-        prior = self._teacher_bridge(i, kept) if all(arch.keep) else None
-        bridge = _solve(second, cross, RIDGE if prior is None else PRIOR, prior).to(given.dtype)
+        bridge = _bridge_between(given, wanted, self._teacher_bridge(i, kept)).to(given.dtype)
         _set_weight(module, weight, bridge)
         if module.bias is not None:
             _add_to_bias(module, weight, means[1] - bridge @ means[0])
@@ -253,7 +266,7 @@ class Calibration:
     def _factor(self, i: int, order: np.ndarray) -> tuple[Tensor, Tensor]:
         """Cholesky factor of the second moments of layer i's input, channels in `order`, and its inverse, (C, C)."""
         second = _second(self.moments[i], self._has_intercept(i))[order][:, order]
-        factor = torch.linalg.cholesky(_ridged(second, RIDGE)[0])
+        factor, _ = _factorised(second, RIDGE)
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
         dtype = self.samples[i].dtype
         return factor.to(dtype), inverse.to(dtype)
@@ -302,27 +315,53 @@ def _second(moments: Moments, centred: bool) -> Tensor:
     return moments.covariance if centred else moments.covariance + torch.outer(moments.mean, moments.mean)
 
 
-def _solve(given: Tensor, cross: Tensor, ridge: float, prior: Tensor | None = None) -> Tensor:
-    """Minimise E|h - A y|² + ε|A - prior|² over A, (C, C'): given E[y yᵀ] (C', C') and E[h yᵀ] (C, C').
+def _bridge_between(given: Tensor, wanted: Tensor, prior: Tensor) -> Tensor:
+    """A that minimises E|h - A y|² + ε|A - prior|², (C, C'), float64, given samples y (P, C') and h (P, C).
 
-    A prior of None is 0.
+    Samples are few beside the channels and the prior is worth much, unless they show h to be a linear map of y.
     """
-    ridged, weight = _ridged(given, ridge)
-    factor = torch.linalg.cholesky(ridged)
-    return torch.cholesky_solve((cross if prior is None else cross + weight * prior).T, factor).T
+    second, cross = _product(given, given), _product(wanted, given)
+    bridge = _solve(second, cross, PRIOR, prior)
+    total = float(wanted.double().square().sum()) / len(wanted)
+    if len(given) > 2 * len(second) and _residual(total, second, cross, bridge) < 1e-2 * total:
+        exact = _solve(second, cross, RIDGE, prior)
+        if _residual(total, second, cross, exact) < EXPLAINED * total:
+            return exact
+    return bridge
 
 
-def _ridged(second: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Second moments plus εI, which keeps dead and doubled channels finite, and ε, `ridge` times their mean."""
-    weight = ridge * second.diagonal().mean().clamp_min(1e-30)
-    return second + weight * torch.eye(len(second), dtype=second.dtype, device=second.device), weight
+def _solve(second: Tensor, cross: Tensor, ridge: float, prior: Tensor) -> Tensor:
+    """A = (E[h yᵀ] + ε·prior) (E[y yᵀ] + εI)⁻¹, given E[y yᵀ] (C', C') and E[h yᵀ] (C, C')."""
+    factor, epsilon = _factorised(second, ridge)
+    return torch.cholesky_solve((cross + epsilon * prior).T, factor).T
+
+
+def _residual(total: float, second: Tensor, cross: Tensor, bridge: Tensor) -> float:
+    """E|h - A y|², given E|h|²."""
+    return total - 2 * float((bridge * cross).sum()) + float((bridge @ second * bridge).sum())
+
+
+def _factorised(second: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """Cholesky factor of second moments plus εI, and ε: `ridge` times their mean, or more where that is too little.
+
+    The ridge keeps dead and doubled channels finite, whose moments are singular but for their rounding.
+    """
+    epsilon = ridge * max(float(second.diagonal().mean()), 1e-30)
+    if not math.isfinite(epsilon):
+        raise DegenerateArchitecture("its activations are not finite")
+    identity = torch.eye(len(second), dtype=second.dtype, device=second.device)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(second + epsilon * identity)
+        if not failed:
+            return factor, epsilon
+        epsilon *= 10
 
 
 def _estimate(norm: Any, x: Tensor) -> None:
     """Set the statistics of a batch norm to those of its input."""
-    dims = [d for d in range(x.ndim) if d != 1]
-    norm.running_mean.copy_(x.mean(dims))
-    norm.running_var.copy_(x.var(dims))
+    variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1])
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
 
 
 def pivoted_order(matrix: Tensor) -> np.ndarray:
