@@ -154,7 +154,7 @@ def rate_study(bench):
         images = bench.images(IMAGES, seed)
         space = bench.space(images)
         for steps in (20, 50):
-            for rate in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1):
+            for rate in (0.005, 0.01, 0.02, 0.05, 0.1):
                 for case, arch in bench.cases(space).items():
                     if case not in ("x0.5", "x0.35"):
                         continue

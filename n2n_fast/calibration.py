@@ -24,6 +24,7 @@ from n2n_fast.graph import Architecture, TracedTeacher
 
 RIDGE = 1e-4  # ε in units of the mean variance of y
 PRIOR = 1e-2  # the same where the student's own activations are fitted, towards the teacher's bridge
+EXACT = 1e-8  # the same where samples show a linear map
 EXPLAINED = 1e-5  # of a variance: what is left of it is the moments' rounding
 SAMPLES_PER_CHANNEL = 16
 MIN_SAMPLES = 4096
@@ -54,12 +55,14 @@ class Calibration:
     """The teacher's inputs to each layer that mixes channels, at sampled positions of unlabelled images.
 
     images: (N, C, H, W). Of each layer's input about max(4096, 16 C) positions are kept, so that memory is bounded by
-    the widths and not by the image size. saliency: of each unit, (units,), higher is kept longer; by default the order
-    of the pivoted factorisation. fitted: the layers whose weights can be fitted: convolutions of one group and
-    linear layers that are called once; others are sliced.
+    the widths and not by the image size.
+    saliency: of each unit, (units,); the highest are kept. by_activations: keep those instead that the pivoted
+    factorisation takes first, and let `saliency` decide between equals.
+    fitted: the layers whose weights can be fitted: convolutions of one group and linear layers that are called once;
+    others are sliced.
     """
 
-    def __init__(self, traced: TracedTeacher, images: Tensor, saliency: np.ndarray | None = None) -> None:
+    def __init__(self, traced: TracedTeacher, images: Tensor, saliency: np.ndarray, by_activations: bool) -> None:
         self.traced, self.images = traced, images
         self.fitted = {name: i for i, name in enumerate(traced.names) if traced.fittable[i]}
         self._generator = torch.Generator().manual_seed(0)
@@ -71,7 +74,7 @@ class Calibration:
                 raise BadInput(
                     f"the input of the teacher's layer {traced.names[i]} is not finite on calibration images"
                 )
-        self.saliency = self._explained_first() if saliency is None else saliency
+        self.saliency = self._explaining_first(saliency) if by_activations else saliency
 
     @torch.no_grad()
     def _run_teacher(self) -> dict[int, Tensor]:
@@ -115,15 +118,14 @@ class Calibration:
 
     # Which channels
 
-    def _explained_first(self) -> np.ndarray:
+    def _explaining_first(self, saliency: np.ndarray) -> np.ndarray:
         """For each unit how early the pivoted factorisation of its group takes it, (units,); higher is earlier."""
-        traced = self.traced
-        value = np.zeros(len(traced.group_of))
-        for units in traced.units:
+        value = np.zeros(len(saliency))
+        for group in self.traced.units:
+            units = group[np.argsort(-saliency[group], kind="stable")]  # of equals, the first is taken
             matrix = self._group_moments(units)
             if matrix is not None:
-                order = pivoted_order(matrix)
-                value[units[order]] = np.arange(len(units), 0, -1) / len(units)
+                value[units[pivoted_order(matrix)]] = np.arange(len(units), 0, -1) / len(units)
         return value
 
     def _group_moments(self, units: np.ndarray) -> Tensor | None:
@@ -324,7 +326,9 @@ def _bridge_between(given: Tensor, wanted: Tensor, prior: Tensor) -> Tensor:
     bridge = _solve(second, cross, PRIOR, prior)
     total = float(wanted.double().square().sum()) / len(wanted)
     if len(given) > 2 * len(second) and _residual(total, second, cross, bridge) < 1e-2 * total:
-        exact = _solve(second, cross, RIDGE, prior)
+        given, wanted = given.double(), wanted.double()
+        second, cross = _product(given, given), _product(wanted, given)
+        exact = _solve(second, cross, EXACT, prior)
         if _residual(total, second, cross, exact) < EXPLAINED * total:
             return exact
     return bridge

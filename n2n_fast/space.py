@@ -50,7 +50,7 @@ class ArchitectureSpace:
         self._calibration: Calibration | None = None
         value = l1_saliency(self._traced)
         if calibration is not None:
-            self._calibration = Calibration(self._traced, calibration, value if saliency == "l1" else None)
+            self._calibration = Calibration(self._traced, calibration, value, saliency == "activations")
             value = self._calibration.saliency
         self._factory = StudentFactory(self._traced, value)
         self._smallest = tuple(smallest_kernel(module) for module in self._traced.modules)
