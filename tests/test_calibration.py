@@ -10,6 +10,7 @@ from torch import nn
 from n2n_fast import calibration
 from n2n_fast.calibration import pivoted_order
 from n2n_fast.distill import recalibrate, seeded
+from n2n_fast.errors import BadInput
 from n2n_fast.graph import TracedTeacher
 from n2n_fast.space import ArchitectureSpace
 from n2n_fast.student import slots_of
@@ -204,3 +205,36 @@ def test_fitting_needs_images():
     space = ArchitectureSpace(chain(4, 0), images(2))
     with pytest.raises(ValueError, match="calibration images"):
         space.build(space.teacher, "calibrated")
+
+
+def test_saliency_by_weights_or_by_activations():
+    teacher = networks.make("cifar_resnet")
+    pixels = networks.images(count=64)
+    sliced = ArchitectureSpace(teacher, pixels[:2])
+    spaces = {name: ArchitectureSpace(teacher, pixels[:2], pixels, saliency=name) for name in ("l1", "activations")}
+    arch = sliced.shrink(sliced.teacher, [0.5] * len(sliced.layers))
+    students = {name: space.build(arch, "inherit").state_dict() for name, space in spaces.items()}
+    expected = sliced.build(arch).state_dict()
+    assert all(torch.equal(expected[key], value) for key, value in students["l1"].items())
+    assert any(not torch.equal(expected[key], value) for key, value in students["activations"].items())
+    fitted = spaces["l1"].build(arch, "calibrated")
+    others = networks.images(count=16)
+    with torch.no_grad():
+        wanted, one, other = teacher(others), fitted(others), sliced.build(arch)(others)
+    assert float((one - wanted).norm()) < float((other - wanted).norm())
+
+
+def test_saliency_that_cannot_be():
+    pixels = images()
+    with pytest.raises(ValueError, match="'activations' needs calibration images"):
+        ArchitectureSpace(chain(4, 0), pixels[:2], saliency="activations")
+    with pytest.raises(ValueError, match=r"saliency: expected one of activations, l1, got 'l2'"):
+        ArchitectureSpace(chain(4, 0), pixels[:2], pixels, saliency="l2")
+
+
+def test_activations_that_are_not_finite_are_named():
+    teacher = chain(4, 0)
+    with torch.no_grad():
+        teacher[1].weight[0] = float("inf")
+    with pytest.raises(BadInput, match="the input of the teacher's layer 3 is not finite"):
+        ArchitectureSpace(teacher, images(2), images())

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -129,3 +131,28 @@ def test_bfloat16_only_where_the_hardware_has_it(amx, monkeypatch):
     with distill.mixed_precision(torch.device("cpu")):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == (torch.bfloat16 if amx else torch.float32)
+
+
+ODD_WIDTHS = """
+import torch
+from torch import nn
+from n2n_fast.data import Batches, from_tensors
+from n2n_fast.distill import fit
+torch.set_num_threads(2)
+images, labels = torch.randn(128, 3, 8, 8), torch.arange(128) % 2
+data = from_tensors("noise", (images, labels), seed=0)
+for width in (5, 13, 29, 51, 115):
+    net = nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 2 * width + 1, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width + 1, 2),
+    )
+    fit(net, Batches(data.train, lambda images: torch.zeros(len(images), 2), 2.0, 32, None, seed=0), learning_rate=0.01)
+    assert all(bool(value.isfinite().all()) for value in net.state_dict().values())
+print("trained")
+"""
+
+
+def test_1x1_convolutions_of_odd_widths_train_to_the_end():
+    # with channels_last batches oneDNN corrupts memory or never returns from their weight gradient (torch 2.15, AVX2)
+    done = subprocess.run([sys.executable, "-c", ODD_WIDTHS], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "trained"), done.stderr

@@ -129,6 +129,14 @@ def test_degenerate_students_are_never_built(teacher, data, tmp_path, monkeypatc
     assert {r["reward"] for r in lines(tmp_path / "e")} == {-1.0}
 
 
+@pytest.mark.parametrize(("init", "saliency"), [("inherit", "activations"), ("calibrated", "l1"), ("random", None)])
+def test_what_students_start_from_can_be_chosen(teacher, data, tmp_path, init, saliency):
+    config = replace(TINY, stages="shrinkage", updates=1, init=init, saliency=saliency)
+    found = compress(teacher, data, config, tmp_path / "g")
+    assert json.loads((found.out / "config.json").read_text())["saliency"] == saliency
+    assert {line["error"] for line in lines(found.out)} <= {None, "no smaller than the teacher"}
+
+
 def test_stage_two_starts_from_the_trained_student_of_stage_one(result):
     first, second = json.loads((result.out / "architecture.json").read_text())
     kept = [name for name, keep in zip(first["layers"], first["keep"], strict=True) if keep]
