@@ -354,7 +354,11 @@ class WeightBank:
         ).reshape(-1, 2)
 
     def materialize(
-        self, chosen: np.ndarray, kept: Sequence[np.ndarray | None], kernel_size: np.ndarray | None = None
+        self,
+        chosen: np.ndarray,
+        kept: Sequence[np.ndarray | None],
+        kernel_size: np.ndarray | None = None,
+        out: Tensor | None = None,
     ) -> list[Tensor]:
         """Cut the weights `chosen` out, as ``materialize`` does.
 
@@ -362,6 +366,7 @@ class WeightBank:
             chosen: positions among the weights, (n,).
             kept: for each axis the indices of the channels to keep, (channels,) int64, or None for all.
             kernel_size: (n, 2), the cropped kernels' sizes, both 1 for weights without kernels; default: uncropped.
+            out: flat buffer to write into, as for ``materialize``.
 
         Raises:
             ValueError: naming the argument, what was expected and what came; nothing has been written then.
@@ -390,7 +395,9 @@ class WeightBank:
         whole = np.concatenate([channels, crop], 1).tolist()
         shapes = [tuple(shape[: self._dims[i]]) for i, shape in zip(positions, whole, strict=True)]
         layout = _Layout(shapes, table["offset"].tolist(), int(ends[-1]))
-        flat = weights[0].new_empty(layout.numel)
+        if out is not None:
+            _check_out(out, weights[0], layout.numel)
+        flat = weights[0].new_empty(layout.numel) if out is None else out
         if _is_native(flat.device, flat.dtype) and layout.numel > 0:
             _launch(table.view(np.int64), len(chosen), flat)
         else:

@@ -511,6 +511,11 @@ def test_a_bank_cuts_as_materialize_does(arguments, dtype):
     bank = ops.WeightBank(weights, out_axes, in_axes)
     crops = np.array([kernels[i] for i in chosen], dtype=np.int64).reshape(-1, 2)
     assert_results(bank.materialize(chosen, kept, crops), wanted)
+    recycled = torch.full((sum(-(-want.numel() // 16) * 32 for want in wanted),), 7).to(dtype)
+    assert_results(bank.materialize(chosen, kept, crops, recycled), wanted)
+    if wanted:
+        with pytest.raises(ValueError, match="out: expected a contiguous 1-D tensor"):
+            bank.materialize(chosen, kept, crops, recycled.double())
 
 
 def test_a_bank_follows_its_weights():
