@@ -1,8 +1,9 @@
 """What fitted weights are worth: validation accuracy of students after 0, 20 and 50 steps, against sliced ones.
 
-usage: python bench/calibration.py TEACHER.pt fashion-mnist:DIR [--seeds 3] [--out bench/results/calibration]
+usage: python bench/calibration.py TEACHER.pt fashion-mnist:DIR [--seeds 3] [--cases NAME ...] [--out DIR]
 The teacher is a state dict as `n2n-fast teach` writes it; see bench/README.md for the commands. Writes a JSON file and
-prints a table; every figure is a mean over the seeds, which draw the calibration images and the batches.
+prints a table; every figure is a mean over the seeds, which draw the calibration images and the batches, of the
+accuracy on the first 2,000 validation images.
 """
 
 import argparse
@@ -21,7 +22,12 @@ from n2n_fast.distill import fit, recalibrate
 INITS = ("inherit", "calibrated", "reconstructed")
 STEPS = (0, 20, 50)
 BATCH = 128
-LEARNING_RATE = {"inherit": 0.05, "calibrated": 0.01, "reconstructed": 0.01}  # of 20 and 50 steps; see `rate`
+# the best of calibration_study.py's `rate`, for each
+LEARNING_RATE = {
+    "inherit": {20: 0.005, 50: 0.02},
+    "calibrated": {20: 0.02, 50: 0.02},
+    "reconstructed": {20: 0.02, 50: 0.02},
+}
 IMAGES = 512
 
 
@@ -55,12 +61,21 @@ def cases(space):
     }
 
 
-def measure(model, data, logits, seed, rows):
+def trainings(data, logits, seed):
+    """The batches of each number of steps, which all students share."""
+    epochs = {steps: steps * BATCH / len(data.train) for steps in STEPS if steps}
+    return {steps: list(Batches(data.train, logits, e, BATCH, data.augmentation, seed)) for steps, e in epochs.items()}
+
+
+def measure(model, data, seed, wanted, rows):
     """Add this seed's accuracies to rows[case, init]."""
     index = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:IMAGES]
     images = data.train.batch(index)[0]
     space = n2n_fast.ArchitectureSpace(model, images[:2], images)
+    batches = trainings(data, TeacherLogits(model, data.train), seed)
     for name, arch in cases(space).items():
+        if wanted and name not in wanted:
+            continue
         for init in INITS:
             if init == "calibrated" and not all(arch.keep):
                 continue  # once layers are gone, it is a reconstruction
@@ -72,10 +87,8 @@ def measure(model, data, logits, seed, rows):
                     recalibrate(student, images.split(BATCH))
                 row["seconds"].append(time.perf_counter() - start)
                 if steps:
-                    epochs = steps * BATCH / len(data.train)
-                    batches = Batches(data.train, logits, epochs, BATCH, data.augmentation, seed)
-                    fit(student, batches, learning_rate=LEARNING_RATE[init], kd_weight=0.1)
-                row.setdefault(str(steps), []).append(accuracy(student, data.validation))
+                    fit(student, batches[steps], learning_rate=LEARNING_RATE[init][steps], kd_weight=0.1)
+                row.setdefault(str(steps), []).append(accuracy(student, data.validation.subset(torch.arange(2000))))
             print(seed, name, init, [round(row[str(steps)][-1], 4) for steps in STEPS], flush=True)
 
 
@@ -84,16 +97,16 @@ def main():
     parser.add_argument("teacher")
     parser.add_argument("data")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cases", nargs="*", help="only these")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "calibration")
     options = parser.parse_args()
     model = teacher.load_teacher(options.teacher)
     data = n2n_fast.load(options.data, channels=teacher.input_channels(model))
-    logits = TeacherLogits(model, data.train)
     rows = {}
     for seed in range(options.seeds):
-        measure(model, data, logits, seed, rows)
+        measure(model, data, seed, options.cases, rows)
     content = {
-        "teacher": accuracy(model, data.validation),
+        "teacher": accuracy(model, data.validation.subset(torch.arange(2000))),
         "seeds": options.seeds,
         "rows": [{"case": case, "init": init, **row} for (case, init), row in rows.items()],
     }

@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 import torch
-from calibration import BATCH, IMAGES, without_firsts
+from calibration import BATCH, IMAGES, trainings, without_firsts
 
 import n2n_fast
 from n2n_fast import calibration, teacher
-from n2n_fast.data import Batches, ImageData, TeacherLogits, accuracy
+from n2n_fast.data import TeacherLogits, accuracy
 from n2n_fast.distill import Diverged, fit, recalibrate
 
 FITTED = ("calibrated", "reconstructed")
@@ -90,7 +90,7 @@ def images_study(bench):
         for count in (64, 128, 256, 512, 1024, 2048):
             for balanced in (False, True):
                 images = bench.images(count, seed, balanced)
-                for row in bench.students(bench.space(images), images):
+                for row in bench.students(bench.space(images), images, cases=["x0.5", "x0.35"]):
                     yield f"{count} {'balanced' if balanced else 'random'}", row
 
 
@@ -119,9 +119,9 @@ def positions_study(bench):
     """Sampled positions for each channel of a layer's input."""
     for seed in bench.seeds:
         images = bench.images(IMAGES, seed)
-        for count in (1, 2, 4, 8, 16, 32):
+        for count in (1, 4, 16, 64, 256, 1024):
             with constants(SAMPLES_PER_CHANNEL=count, MIN_SAMPLES=1):
-                for row in bench.students(bench.space(images), images):
+                for row in bench.students(bench.space(images), images, cases=["x0.5", "x0.35"]):
                     yield str(count), row
 
 
@@ -148,29 +148,23 @@ def saliency_study(bench):
 
 def rate_study(bench):
     """Peak learning rate of 20 and 50 steps of distillation."""
-    data: ImageData = bench.data
-    logits = TeacherLogits(bench.model, data.train)
+    logits = TeacherLogits(bench.model, bench.data.train)
     for seed in bench.seeds:
         images = bench.images(IMAGES, seed)
         space = bench.space(images)
-        for steps in (20, 50):
-            for rate in (0.005, 0.01, 0.02, 0.05, 0.1):
-                for case, arch in bench.cases(space).items():
-                    if case not in ("x0.5", "x0.35"):
-                        continue
-                    for init in ("inherit", *FITTED):
-                        student = space.build(arch, init)
-                        if init != "reconstructed":
-                            recalibrate(student, images.split(BATCH))
-                        epochs = steps * BATCH / len(data.train)
-                        batches = Batches(data.train, logits, epochs, BATCH, data.augmentation, seed)
-                        start = time.perf_counter()
-                        try:
-                            fit(student, batches, learning_rate=rate, kd_weight=0.1)
-                            found = accuracy(student, bench.validation)
-                        except Diverged:
-                            found = 0.0
-                        yield f"{steps} steps, {rate:g}", (case, init, found, time.perf_counter() - start)
+        arch = bench.cases(space)["x0.35"]
+        for steps, batches in trainings(bench.data, logits, seed).items():
+            for rate in (0.003, 0.005, 0.01, 0.02, 0.05, 0.1):
+                for init in ("inherit", *FITTED):
+                    student = space.build(arch, init)
+                    if init != "reconstructed":
+                        recalibrate(student, images.split(BATCH))
+                    start = time.perf_counter()
+                    try:
+                        found = accuracy(fit(student, batches, learning_rate=rate, kd_weight=0.1), bench.validation)
+                    except Diverged:
+                        found = 0.0
+                    yield f"{steps} steps, {rate:g}", ("x0.35", init, found, time.perf_counter() - start)
 
 
 STUDIES = {

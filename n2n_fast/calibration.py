@@ -27,7 +27,7 @@ PRIOR = 1e-2  # the same where the student's own activations are fitted, towards
 EXACT = 1e-8  # the same where samples show a linear map
 EXPLAINED = 1e-5  # of a variance: what is left of it is the moments' rounding
 SAMPLES_PER_CHANNEL = 16
-MIN_SAMPLES = 4096
+MIN_SAMPLES = 16384
 PASS_NUMBERS = 2**23  # the largest activation of a batch through the teacher: what caches hold is fastest
 MAX_PASS_NUMBERS = 2**26  # the same through a student, whose layers see all images at once
 
@@ -54,7 +54,7 @@ class _Split:
 class Calibration:
     """The teacher's inputs to each layer that mixes channels, at sampled positions of unlabelled images.
 
-    images: (N, C, H, W). Of each layer's input about max(4096, 16 C) positions are kept, so that memory is bounded by
+    images: (N, C, H, W). Of each layer's input about max(16384, 16 C) positions are kept, so that memory is bounded by
     the widths and not by the image size.
     saliency: of each unit, (units,); the highest are kept. by_activations: keep those instead that the pivoted
     factorisation takes first, and let `saliency` decide between equals.
