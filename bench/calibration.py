@@ -1,9 +1,10 @@
 """What fitted weights are worth: validation accuracy of students after 0, 20 and 50 steps, against sliced ones.
 
-usage: python bench/calibration.py TEACHER.pt fashion-mnist:DIR [--seeds 3] [--cases NAME ...] [--out DIR]
+usage: python bench/calibration.py TEACHER.pt fashion-mnist:DIR [--seeds N] [--trained-seeds N] [--rates R R R R]
 The teacher is a state dict as `n2n-fast teach` writes it; see bench/README.md for the commands. Writes a JSON file and
-prints a table; every figure is a mean over the seeds, which draw the calibration images and the batches, of the
-accuracy on the first 2,000 validation images.
+prints a table of the accuracy on the first 2,000 validation images. Figures of 0 steps are means over the seeds, which
+draw the calibration images and the batches; those of 20 and 50, for some of the students, over the first seeds. Peak
+learning rates: of 20 and 50 steps of a fitted student, and of a sliced one; the best of calibration_study.py's `rate`.
 """
 
 import argparse
@@ -22,13 +23,8 @@ from n2n_fast.distill import fit, recalibrate
 INITS = ("inherit", "calibrated", "reconstructed")
 STEPS = (0, 20, 50)
 BATCH = 128
-# the best of calibration_study.py's `rate`, for each
-LEARNING_RATE = {
-    "inherit": {20: 0.005, 50: 0.02},
-    "calibrated": {20: 0.02, 50: 0.02},
-    "reconstructed": {20: 0.02, 50: 0.02},
-}
 IMAGES = 512
+TRAINED = ("widths x0.5", "widths x0.35", "first conv gone in 1/3 of blocks", "1/3 gone and widths x0.5")
 
 
 def block_firsts(space):
@@ -67,29 +63,27 @@ def trainings(data, logits, seed):
     return {steps: list(Batches(data.train, logits, e, BATCH, data.augmentation, seed)) for steps, e in epochs.items()}
 
 
-def measure(model, data, seed, wanted, rows):
+def measure(model, data, seed, rates, rows):
     """Add this seed's accuracies to rows[case, init]."""
     index = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:IMAGES]
     images = data.train.batch(index)[0]
     space = n2n_fast.ArchitectureSpace(model, images[:2], images)
-    batches = trainings(data, TeacherLogits(model, data.train), seed)
+    batches = trainings(data, TeacherLogits(model, data.train), seed) if rates else {}
     for name, arch in cases(space).items():
-        if wanted and name not in wanted:
-            continue
         for init in INITS:
             if init == "calibrated" and not all(arch.keep):
                 continue  # once layers are gone, it is a reconstruction
             row = rows.setdefault((name, init), {"compression": space.teacher.params / arch.params, "seconds": []})
-            for steps in STEPS:
+            for steps in STEPS if rates and name in TRAINED else (0,):
                 start = time.perf_counter()
                 student = space.build(arch, init)
                 if init != "reconstructed":
                     recalibrate(student, images.split(BATCH))
                 row["seconds"].append(time.perf_counter() - start)
                 if steps:
-                    fit(student, batches[steps], learning_rate=LEARNING_RATE[init][steps], kd_weight=0.1)
+                    fit(student, batches[steps], learning_rate=rates[init == "inherit", steps], kd_weight=0.1)
                 row.setdefault(str(steps), []).append(accuracy(student, data.validation.subset(torch.arange(2000))))
-            print(seed, name, init, [round(row[str(steps)][-1], 4) for steps in STEPS], flush=True)
+            print(seed, name, init, [round(row[s][-1], 4) for s in ("0", "20", "50") if s in row], flush=True)
 
 
 def main():
@@ -97,17 +91,22 @@ def main():
     parser.add_argument("teacher")
     parser.add_argument("data")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--cases", nargs="*", help="only these")
+    parser.add_argument("--rates", nargs=4, type=float, default=(0.02, 0.02, 0.005, 0.02))
+    parser.add_argument("--trained-seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "calibration")
     options = parser.parse_args()
     model = teacher.load_teacher(options.teacher)
     data = n2n_fast.load(options.data, channels=teacher.input_channels(model))
+    keys = [(sliced, steps) for sliced in (False, True) for steps in STEPS if steps]
+    rates = dict(zip(keys, options.rates, strict=True))
     rows = {}
     for seed in range(options.seeds):
-        measure(model, data, seed, options.cases, rows)
+        measure(model, data, seed, rates if seed < options.trained_seeds else None, rows)
     content = {
         "teacher": accuracy(model, data.validation.subset(torch.arange(2000))),
         "seeds": options.seeds,
+        "trained_seeds": options.trained_seeds,
+        "rates": list(options.rates),
         "rows": [{"case": case, "init": init, **row} for (case, init), row in rows.items()],
     }
     options.out.mkdir(parents=True, exist_ok=True)
@@ -115,7 +114,7 @@ def main():
     print(f"\nteacher {content['teacher']:.2%}\n")
     print("| student | | init | made in | 0 steps | 20 | 50 |\n|---|---|---|---|---|---|---|")
     for row in content["rows"]:
-        figures = " | ".join(f"{statistics.mean(row[str(steps)]):.1%}" for steps in STEPS)
+        figures = " | ".join(f"{statistics.mean(row[s]):.1%}" if s in row else "" for s in map(str, STEPS))
         milliseconds = 1e3 * statistics.median(row["seconds"])
         print(f"| {row['case']} | {row['compression']:.1f}x | {row['init']} | {milliseconds:.0f} ms | {figures} |")
 
