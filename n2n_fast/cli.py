@@ -24,7 +24,7 @@ INTERRUPTED = 130
 LINE_SECONDS = 20.0  # between lines of progress where there is no terminal
 DIGITS = "digits"
 # What suits 1,797 images of 8x8 pixels: an epoch is ten steps.
-DIGITS_DEFAULTS = {"updates": 15, "epochs": 2.0, "final_epochs": 60.0, "batch_size": 64}
+DIGITS_DEFAULTS = {"updates": 15, "epochs": 2.0, "final_epochs": 60.0, "batch_size": 64, "learning_rate": 0.02}
 DIGITS_VALIDATION = 0.2
 DIGITS_TEACHER_EPOCHS = 30.0
 

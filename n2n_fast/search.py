@@ -40,7 +40,7 @@ class SearchConfig:
     init: str = "reconstructed"  # what students start from: reconstructed, calibrated, inherit or random
     saliency: str | None = None  # activations or l1; default: activations where weights are fitted to them
     batch_size: int = 128
-    learning_rate: float = 0.02  # peak, for a rollout's student: fitted weights want small steps
+    learning_rate: float = 0.01  # peak, for a rollout's student: fitted weights of a wide net want small steps
     final_learning_rate: float = 0.05  # peak, for the best student of each stage
     kd_weight: float = 0.1  # λ in L = L_hard + λ L_KD
     ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of stage 2, ending with 1
