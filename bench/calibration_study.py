@@ -154,7 +154,7 @@ def rate_study(bench):
         space = bench.space(images)
         arch = bench.cases(space)["x0.35"]
         for steps, batches in trainings(bench.data, logits, seed).items():
-            for rate in (0.002, 0.005, 0.01, 0.02, 0.05):
+            for rate in (0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1):
                 for init in ("inherit", *FITTED):
                     student = space.build(arch, init)
                     if init != "reconstructed":
