@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import networks
 from n2n_fast import calibration
 from n2n_fast.calibration import pivoted_order
 from n2n_fast.distill import recalibrate, seeded
@@ -14,7 +15,6 @@ from n2n_fast.errors import BadInput
 from n2n_fast.graph import TracedTeacher
 from n2n_fast.space import ArchitectureSpace
 from n2n_fast.student import slots_of
-from tests import networks
 
 INITS = ("calibrated", "reconstructed")
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings
-from test_ops import DTYPES, Index, assert_results, by_indexing, logits, plan
 from torch import Tensor
 
 from n2n_fast import ops
+from test_ops import DTYPES, Index, assert_results, by_indexing, logits, plan
 
 HERE = Path(__file__).resolve().parent / "cuda_on_cpu"
 CSRC = HERE.parents[1] / "csrc"

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Branching, Gate, NotUnderstood, Tail, images, ratios, settle, space_of, teacher_of, without
 from torch import Tensor, nn
 
 from n2n_fast.errors import BadInput, DegenerateArchitecture
 from n2n_fast.graph import KINDS, Architecture, Layer, crop, smallest_kernel
 from n2n_fast.space import ArchitectureSpace
+from networks import Branching, Gate, NotUnderstood, Tail, images, ratios, settle, space_of, teacher_of, without
 
 
 def layers_of(name: str) -> dict[str, Layer]:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import LARGE, SMALL, images, make, position, ratios, settle, space_of, teacher_of, without
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +15,7 @@ from n2n_fast.errors import DegenerateArchitecture
 from n2n_fast.graph import Architecture
 from n2n_fast.space import ArchitectureSpace
 from n2n_fast.student import StudentFactory
+from networks import LARGE, SMALL, images, make, position, ratios, settle, space_of, teacher_of, without
 
 SEEDS = st.integers(0, 10**9)
 RATIOS = [i / 10 for i in range(1, 11)]

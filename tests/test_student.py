@@ -11,6 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from n2n_fast.space import ArchitectureSpace
+from n2n_fast.student import independent_copy
 from networks import (
     LARGE,
     SMALL,
@@ -26,10 +30,6 @@ from networks import (
     teacher_of,
     without,
 )
-from torch import Tensor, nn
-
-from n2n_fast.space import ArchitectureSpace
-from n2n_fast.student import independent_copy
 
 
 def snapshot(net: nn.Module) -> dict[str, Tensor]:
