@@ -26,7 +26,8 @@ RIDGE = 1e-4  # ε in units of the mean variance of y
 PRIOR = 1e-2  # the same where the student's own activations are fitted, towards the teacher's bridge
 EXACT = 1e-8  # the same where samples show a linear map
 EXPLAINED = 1e-5  # of a variance: what is left of it is the moments' rounding
-SAMPLES_PER_CHANNEL = 16
+BLOCK = 64  # pivots between two updates of a Schur complement
+SAMPLES_PER_CHANNEL = 8
 MIN_SAMPLES = 16384
 PASS_NUMBERS = 2**23  # the largest activation of a batch through the teacher: what caches hold is fastest
 MAX_PASS_NUMBERS = 2**26  # the same through a student, whose layers see all images at once
@@ -54,7 +55,7 @@ class _Split:
 class Calibration:
     """The teacher's inputs to each layer that mixes channels, at sampled positions of unlabelled images.
 
-    images: (N, C, H, W). Of each layer's input about max(16384, 16 C) positions are kept, so that memory is bounded by
+    images: (N, C, H, W). Of each layer's input about max(16384, 8 C) positions are kept, so that memory is bounded by
     the widths and not by the image size.
     saliency: of each unit, (units,); the highest are kept. by_activations: keep those instead that the pivoted
     factorisation takes first, and let `saliency` decide between equals.
@@ -78,7 +79,7 @@ class Calibration:
 
     @torch.no_grad()
     def _run_teacher(self) -> dict[int, Tensor]:
-        parts: dict[int, list[Tensor]] = {i: [] for i in self.fitted.values()}
+        samples: dict[int, Tensor] = {}  # made whole: joining parts would need twice the memory
         calibration = self
         first = 0
 
@@ -86,14 +87,18 @@ class Calibration:
             def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
                 if target in calibration.fitted:
                     i = calibration.fitted[target]
-                    parts[i].append(calibration.sample(i, args[0], first))
+                    found = calibration.sample(i, args[0], first)
+                    per_image = calibration._places[i].shape[1]
+                    if i not in samples:
+                        samples[i] = found.new_empty(len(calibration.images) * per_image, found.shape[1])
+                    samples[i][first * per_image :][: len(found)] = found
                 return super().call_module(target, args, kwargs)
 
         while first < len(self.images):
             batch = self._batch(first, PASS_NUMBERS)
             Recorder(self.traced.module).run(batch)
             first += len(batch)
-        return {i: torch.cat(rows) for i, rows in parts.items()}
+        return samples
 
     def _batch(self, first: int, numbers: int) -> Tensor:
         """Images from the `first` on, as many as `numbers` allow; by position, which is faster to sample."""
@@ -372,26 +377,33 @@ def pivoted_order(matrix: Tensor) -> np.ndarray:
     """Greedy order of the variables of a covariance (n, n): each next explains most of what is left of all, (n,) int64.
 
     A pivoted Cholesky factorisation whose pivot maximises |R e_j|² / R_jj, R being the Schur complement so far; what
-    is explained entirely comes last, by variance.
+    is explained entirely comes last, by variance. R is brought up to date for BLOCK pivots at once.
     """
-    n = len(matrix)
-    factor = torch.zeros_like(matrix)
-    left = matrix.diagonal().clone()  # R's diagonal
-    columns = matrix.square().sum(0)  # |R e_j|²
-    floor = EXPLAINED * left + 1e-300
     order: list[int] = []
-    free = torch.ones(n, dtype=torch.bool)
-    for t in range(n):
-        gain = torch.where(free & (left > floor), columns / left.maximum(floor), -1.0)
-        j = int(gain.argmax())
-        if gain[j] < 0:
-            break
-        order.append(j)
-        free[j] = False
-        c = (matrix[:, j] - factor[:, :t] @ factor[j, :t]) / left[j].sqrt()
-        rc = matrix @ c - factor[:, :t] @ (factor[:, :t].T @ c)
-        columns = (columns - 2 * c * rc + c.square() * c.square().sum()).clamp_min(0)
-        left = left - c.square()
-        factor[:, t] = c
-    rest = sorted((int(j) for j in free.nonzero()), key=lambda j: -float(matrix[j, j]))
-    return np.array(order + rest, dtype=np.int64)
+    variance = matrix.diagonal()
+    free = torch.arange(len(matrix), device=matrix.device)  # the variables of R, which has only those left
+    schur, explained = matrix, False
+    while len(free) and not explained:
+        floor = EXPLAINED * variance[free] + 1e-300
+        left, columns = schur.diagonal().clone(), schur.square().sum(0)  # R_jj, |R e_j|²
+        factor = schur.new_zeros(len(schur), min(BLOCK, len(schur)))
+        is_free = torch.ones_like(free, dtype=torch.bool)
+        for t in range(factor.shape[1]):
+            gain = torch.where(is_free & (left > floor), columns / left.maximum(floor), -1.0)
+            j = int(gain.argmax())
+            explained = bool(gain[j] < 0)
+            if explained:
+                break
+            order.append(int(free[j]))
+            is_free[j] = False
+            known = factor[:, :t]
+            c = (schur[:, j] - known @ known[j]) / left[j].sqrt()
+            rc = schur @ c - known @ (known.T @ c)
+            columns = (columns - 2 * c * rc + c.square() * c.square().sum()).clamp_min(0)
+            left = left - c.square()
+            factor[:, t] = c
+        free = free[is_free]
+        remaining = factor[is_free]
+        schur = schur[is_free][:, is_free] - remaining @ remaining.T
+    order += free[variance[free].argsort(descending=True, stable=True)].tolist()
+    return np.array(order, dtype=np.int64)
