@@ -22,7 +22,7 @@ from n2n_fast.channels import BATCH_NORMS
 from n2n_fast.errors import BadInput, DegenerateArchitecture
 from n2n_fast.graph import Architecture, TracedTeacher
 
-RIDGE = 1e-4  # ε in units of the mean variance of y
+RIDGE = 1e-5  # ε in units of the mean variance of y
 PRIOR = 1e-2  # the same where the student's own activations are fitted, towards the teacher's bridge
 EXACT = 1e-8  # the same where samples show a linear map
 EXPLAINED = 1e-5  # of a variance: what is left of it is the moments' rounding
@@ -159,11 +159,15 @@ class Calibration:
         lost_weights = self._weights(arch, kept, {i: split.lost for i, split in splits.items()})
         for i, split in splits.items():
             module: Any = student.get_submodule(self.traced.names[i])
-            bridge, lost = self._bridge(i, split), lost_weights[i]
+            (bridge, constant), lost = self._bridge(i, split), lost_weights[i]
             _set_weight(module, lost, bridge, add=True)
+            norm = self.traced.norm_after[i]
             if module.bias is not None:
-                mean = self.moments[i].mean.to(bridge)
-                _add_to_bias(module, lost, mean[split.lost] - bridge @ mean[split.kept])
+                module.bias.data.add_(_of_constant(lost, constant))
+            elif norm is not None:
+                mean: Any = student.get_submodule(self.traced.names[norm]).running_mean
+                if mean is not None:
+                    mean.sub_(_of_constant(lost, constant))
 
     @torch.no_grad()
     def reconstruct(self, student: fx.GraphModule, arch: Architecture, kept: Sequence[np.ndarray | None]) -> None:
@@ -199,7 +203,7 @@ class Calibration:
         bridge = _bridge_between(given, wanted, self._teacher_bridge(i, kept)).to(given.dtype)
         _set_weight(module, weight, bridge)
         if module.bias is not None:
-            _add_to_bias(module, weight, means[1] - bridge @ means[0])
+            module.bias.data.add_(_of_constant(weight, means[1] - bridge @ means[0]))
 
     def _has_intercept(self, i: int, keep: Sequence[bool] | None = None) -> bool:
         """Whether a constant that the layer adds is taken up, by its bias or by the norm that follows."""
@@ -228,11 +232,13 @@ class Calibration:
         }
         return {i: of_axis[read] for i, read in reads.items() if read in of_axis}
 
-    def _bridge(self, i: int, split: _Split) -> Tensor:
-        """A for layer i, (lost channels, kept channels): what the kept say of the lost."""
-        factor, inverse = self._factors[i] if split.nested else self._factor(i, split.order)
+    def _bridge(self, i: int, split: _Split) -> tuple[Tensor, Tensor]:
+        """What the kept channels say of layer i's lost ones: A, (lost, kept), and the mean that it leaves, (lost,)."""
+        factor, inverse, mean = self._factors[i] if split.nested else self._factor(i, split.order)
         k = len(split.kept)
-        return (factor[k:, :k] @ inverse[:k, :k]).index_select(1, split.place.to(factor.device))
+        bridge = factor[k:, :k] @ inverse[:k, :k]
+        constant = torch.addmv(mean[k:], bridge, mean[:k], alpha=-1)
+        return bridge.index_select(1, split.place.to(factor.device)), constant
 
     def _teacher_bridge(self, i: int, kept: Sequence[np.ndarray | None]) -> Tensor:
         """A for layer i, (C, C'), where y is the teacher's own input restricted to the channels kept."""
@@ -242,7 +248,7 @@ class Calibration:
             return torch.eye(len(mean)).to(mean)
         bridge = mean.new_zeros(len(split.order), len(split.kept))
         bridge[split.kept, np.arange(len(split.kept))] = 1
-        bridge[split.lost] = self._bridge(i, split).to(bridge)
+        bridge[split.lost] = self._bridge(i, split)[0].to(bridge)
         return bridge
 
     def _weights(
@@ -266,17 +272,17 @@ class Calibration:
         return {axis: np.argsort(-saliency, kind="stable") for axis, saliency in of_axis.items()}
 
     @functools.cached_property
-    def _factors(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """For each fitted layer the factor of its moments by saliency; its leading blocks are those of any width."""
+    def _factors(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        """For each fitted layer its moments by saliency, factorised; the leading blocks are those of any width."""
         return {i: self._factor(i, self._orders[int(self.traced.in_axis[i])]) for i in self.fitted.values()}
 
-    def _factor(self, i: int, order: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Cholesky factor of the second moments of layer i's input, channels in `order`, and its inverse, (C, C)."""
+    def _factor(self, i: int, order: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Of layer i's input, channels in `order`: Cholesky factor of the second moments, its inverse, and mean."""
         second = _second(self.moments[i], self._has_intercept(i))[order][:, order]
         factor, _ = _factorised(second, RIDGE)
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
         dtype = self.samples[i].dtype
-        return factor.to(dtype), inverse.to(dtype)
+        return factor.to(dtype), inverse.to(dtype), self.moments[i].mean[order].to(dtype)
 
     @functools.cached_property
     def _bank(self) -> tuple[ops.WeightBank, dict[int, tuple[int, int]], dict[int, int]]:
@@ -302,9 +308,9 @@ def _set_weight(module: Any, weight: Tensor, bridge: Tensor, add: bool = False) 
     target.add_(result) if add else target.copy_(result)
 
 
-def _add_to_bias(module: Any, weight: Tensor, constant: Tensor) -> None:
-    """The module's bias grows by what weight (C, O', kh', kw') makes of a constant input (C,)."""
-    module.bias.data.add_(weight.flatten(2).sum(2).T @ constant.to(weight.dtype))
+def _of_constant(weight: Tensor, constant: Tensor) -> Tensor:
+    """What a layer of weight (C, O, kh, kw) makes of a constant input (C,), borders aside, (O,)."""
+    return (constant.to(weight.dtype) @ weight.flatten(1)).view(weight.shape[1], -1).sum(1)
 
 
 def _moments(samples: Tensor) -> Moments:

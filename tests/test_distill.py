@@ -152,7 +152,8 @@ print("trained")
 """
 
 
-def test_1x1_convolutions_of_odd_widths_train_to_the_end():
+def test_1x1_convolutions_of_odd_widths_train_to_the_end(tmp_path):
     # with channels_last batches oneDNN corrupts memory or never returns from their weight gradient (torch 2.15, AVX2)
-    done = subprocess.run([sys.executable, "-c", ODD_WIDTHS], capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-c", ODD_WIDTHS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "trained"), done.stderr
