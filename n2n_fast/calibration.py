@@ -27,6 +27,7 @@ PRIOR = 1e-2  # the same where the student's own activations are fitted, towards
 EXACT = 1e-8  # the same where samples show a linear map
 EXPLAINED = 1e-5  # of a variance: what is left of it is the moments' rounding
 BLOCK = 64  # pivots between two updates of a Schur complement
+NARROW = 64  # channels
 SAMPLES_PER_CHANNEL = 8
 MIN_SAMPLES = 16384
 PASS_NUMBERS = 2**23  # the largest activation of a batch through the teacher: what caches hold is fastest
@@ -316,11 +317,18 @@ def _of_constant(weight: Tensor, constant: Tensor) -> Tensor:
 def _moments(samples: Tensor) -> Moments:
     mean = samples.mean(0)
     centred = samples - mean
-    return Moments(mean.double(), _product(centred, centred))
+    covariance = _product(centred, centred)
+    return Moments(mean.double(), (covariance + covariance.T) / 2)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """E[a bᵀ] of samples (P, A) and (P, B): multiplied in their precision, which centring has made enough, (A, B)."""
+    """E[a bᵀ] of samples (P, A) and (P, B), (A, B) float64.
+
+    Multiplied in their precision, which centring has made enough; where they are narrow, in float64, which costs little
+    and keeps sums over many samples exact.
+    """
+    if max(a.shape[1], b.shape[1]) <= NARROW:
+        a, b = a.double(), b.double()
     return (a.T @ b).double() / len(a)
 
 

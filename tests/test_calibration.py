@@ -80,6 +80,7 @@ def spoil(teacher, kind, share, seed):
 @pytest.mark.parametrize("name", NETS)
 @settings(deadline=None, max_examples=6, derandomize=True)
 @example(share=0.67, seed=16)  # for "mobile", channels that are constant, but not 0, are lost as well
+@example(share=0.5, seed=129)  # there, copies that rounding makes differ
 @given(share=st.floats(0.1, 0.7), seed=st.integers(0, 999))
 def test_channels_that_say_nothing_of_their_own_go_without_a_trace(name, kind, init, share, seed):
     teacher = networks.make(name, seed)
