@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
+import weakref
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -349,6 +351,8 @@ class WeightBank:
         self.weights = [weight.detach().contiguous() for weight in weights]
         self._dims = [weight.ndim for weight in weights]
         self._sizes = np.array([(*weight.shape, 1, 1, 1)[:4] for weight in weights], dtype=np.int64).reshape(-1, 4)
+        numel = sum(-(-weight.numel() * weight.element_size() // _ALIGNMENT) for weight in self.weights) * _ALIGNMENT
+        self._memory = _RecycledMemory(numel)
         self._axes = np.array(
             [(out, -1 if axis is None else axis) for out, axis in zip(out_axes, in_axes, strict=True)], dtype=np.int64
         ).reshape(-1, 2)
@@ -375,9 +379,8 @@ class WeightBank:
             return []
         if len(kept) <= self._axes.max():
             raise ValueError(f"kept: expected {self._axes.max() + 1} entries, one for each axis, got {len(kept)}")
-        indices = [None if index is None else _index_array(f"kept[{axis}]", index) for axis, index in enumerate(kept)]
-        address = np.array([0 if index is None else index.ctypes.data for index in (*indices, None)])
-        length = np.array([-1 if index is None else len(index) for index in (*indices, None)])
+        indices, starts, length = _joined(kept)
+        address = np.where(length < 0, 0, indices.ctypes.data + indices.itemsize * starts)
         positions, sizes, axes = chosen.tolist(), self._sizes[chosen], self._axes[chosen]
         weights = [self.weights[i] for i in positions]
         channels = np.where(length[axes] < 0, sizes[:, :2], length[axes])
@@ -397,17 +400,55 @@ class WeightBank:
         layout = _Layout(shapes, table["offset"].tolist(), int(ends[-1]))
         if out is not None:
             _check_out(out, weights[0], layout.numel)
-        flat = weights[0].new_empty(layout.numel) if out is None else out
+        flat = self._memory.empty_like(weights[0], layout.numel) if out is None else out
         if _is_native(flat.device, flat.dtype) and layout.numel > 0:
             _launch(table.view(np.int64), len(chosen), flat)
         else:
-            tensors = [None if index is None else torch.from_numpy(index) for index in (*indices, None)]
+            tensors = [None if index is None else torch.from_numpy(index) for index in (*kept, None)]
             keep_out, keep_in = ([tensors[axis] for axis in side] for side in axes.T)
             kernels = [
                 (h, w) if self._dims[i] == 4 else None for i, (h, w) in zip(positions, crop.tolist(), strict=True)
             ]
             _fill_reference(flat, weights, keep_out, keep_in, kernels, layout)
         return _detached_views(flat, layout)
+
+
+_Block = tuple[np.ndarray, "weakref.ref[np.ndarray]"]  # memory, and the part of it that a tensor lives on
+
+
+class _RecycledMemory:
+    """Memory of the CPU for flat buffers, used again once no tensor is left on it.
+
+    What comes fresh from the system is zeroed page by page when it is first touched, which costs as much as filling it.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """capacity: bytes of the largest buffer that is worth keeping; untouched, they take no memory."""
+        self._capacity = capacity
+        self._blocks: list[_Block] = []
+        self._lock = threading.Lock()
+
+    def empty_like(self, like: Tensor, numel: int) -> Tensor:
+        """An uninitialised tensor (numel,) of the dtype and device of `like`."""
+        size = numel * like.element_size()
+        if not like.is_cpu or not 0 < size <= self._capacity:  # a GPU's allocator recycles by itself
+            return like.new_empty(numel)
+        with self._lock:
+            busy: list[_Block] = []
+            free: list[_Block] = []
+            for entry in self._blocks:
+                (free if entry[1]() is None else busy).append(entry)
+            block = free.pop()[0] if free else _aligned(self._capacity)
+            part = block[:size]  # held by the tensor's storage for as long as that lives
+            self._blocks = [*busy, *free[:1], (block, weakref.ref(part))]
+        return torch.from_numpy(part).view(like.dtype)
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Uninitialised bytes that start at a multiple of the alignment, (size,) uint8."""
+    raw = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size]
 
 
 _PIECE = np.dtype(  # struct Piece of csrc/materialize.h
@@ -424,10 +465,17 @@ _PIECE = np.dtype(  # struct Piece of csrc/materialize.h
 )
 
 
-def _index_array(name: str, index: np.ndarray) -> np.ndarray:
-    if index.dtype != np.int64 or index.ndim != 1:
-        raise ValueError(f"{name}: expected one dimension of int64 indices, got {index.dtype} of shape {index.shape}")
-    return np.ascontiguousarray(index)
+def _joined(kept: Sequence[np.ndarray | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All indices in one array; of each entry of `kept`, and of a None behind them, its start and length, or -1."""
+    for axis, index in enumerate(kept):
+        if index is not None and (index.dtype != np.int64 or index.ndim != 1):
+            raise ValueError(
+                f"kept[{axis}]: expected one dimension of int64 indices, got {index.dtype} of shape {index.shape}"
+            )
+    joined = np.concatenate([np.empty(0, np.int64), *(index for index in kept if index is not None)])
+    length = np.array([-1 if index is None else len(index) for index in (*kept, None)])
+    ends = length.clip(0).cumsum()
+    return joined, ends - length.clip(0), length
 
 
 def _check_crops(kernels: np.ndarray, crops: np.ndarray) -> None:

@@ -1,7 +1,8 @@
 """Architecture -> nn.Module: which channels of the teacher a student keeps, and the module that holds them."""
 
 import copy
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,25 +69,30 @@ class StudentFactory:
     def __init__(self, traced: TracedTeacher, saliency: np.ndarray) -> None:
         """saliency: of each unit, (units,); the highest are kept."""
         self.traced = traced
-        self.slots = slots_of(traced)
         self.saliency = saliency
+        slots = slots_of(traced)
         self.banks = []
-        for dtype in dict.fromkeys(slot.tensor.dtype for slot in self.slots):
-            slots = [slot for slot in self.slots if slot.tensor.dtype == dtype]
-            tensors = [_as_2d_kernel(slot.tensor) for slot in slots]
-            bank = ops.WeightBank(tensors, [slot.out_axis for slot in slots], [slot.in_axis for slot in slots])
-            self.banks.append((bank, slots, np.array([slot.layer for slot in slots])))
-        cut = {(slot.layer, slot.name) for slot in self.slots}
+        for dtype in dict.fromkeys(slot.tensor.dtype for slot in slots):
+            of_dtype = [slot for slot in slots if slot.tensor.dtype == dtype]
+            tensors = [_as_2d_kernel(slot.tensor) for slot in of_dtype]
+            bank = ops.WeightBank(tensors, [slot.out_axis for slot in of_dtype], [slot.in_axis for slot in of_dtype])
+            self.banks.append((bank, of_dtype, np.array([slot.layer for slot in of_dtype])))
+        cut = {(slot.layer, slot.name) for slot in slots}
         # whatever else a layer holds is copied as it is: BN's counters, the weights of opaque modules
         self.whole = [
             [name for name in (*module._parameters, *module._buffers) if (i, name) not in cut]
             for i, module in enumerate(traced.modules)
         ]
+        self.kernels = tuple(layer.kernel_size for layer in traced.layers)
+        self._ranked = functools.lru_cache(maxsize=4096)(self._by_saliency)
 
     def build(self, arch: Architecture, kept: Sequence[np.ndarray | None]) -> fx.GraphModule:
         """The student with its weights sliced from the teacher's ("inherit"); kept: as `kept_channels` gives it."""
+        channels = [
+            len(axis) if index is None else len(index) for axis, index in zip(self.traced.axes, kept, strict=True)
+        ]
         modules: list[nn.Module] = [
-            self._resized(i, arch, kept) if keep else nn.Identity() for i, keep in enumerate(arch.keep)
+            self._resized(i, arch, channels) if keep else nn.Identity() for i, keep in enumerate(arch.keep)
         ]
         for slot, tensor in self._materialize(arch, kept):
             place: dict[str, Any] = (
@@ -95,38 +101,43 @@ class StudentFactory:
             place[slot.name] = nn.Parameter(tensor) if slot.is_parameter else tensor
         return self._assemble(dict(zip(self.traced.names, modules, strict=True)))
 
-    def kept_channels(self, arch: Architecture, classes: Sequence[Sequence[int]]) -> list[np.ndarray | None]:
+    def kept_channels(self, arch: Architecture, classes: Sequence[Iterable[int]]) -> list[np.ndarray | None]:
         """For each axis the positions of the channels kept, None for all of them.
 
         classes: groups that share one width in `arch`; those of equal size also keep the same channels.
         """
-        traced = self.traced
-        keep = np.ones(len(traced.group_of), dtype=bool)
+        keep = np.ones(len(self.traced.group_of), dtype=bool)
         for groups in classes:
-            shared: dict[int, np.ndarray] = {}
-            for g in groups:
-                size = len(traced.units[g])
-                shared[size] = shared.get(size, 0) + self.saliency[traced.units[g]]
-            for g in groups:
-                units = traced.units[g]
-                if arch.widths[g] < len(units):
-                    order = np.argsort(-shared[len(units)], kind="stable")
-                    keep[units[order[arch.widths[g] :]]] = False
-        masks = [keep[axis] for axis in traced.axes]
-        return [None if mask.all() else np.flatnonzero(mask) for mask in masks]
+            for g, units in self._ranked(tuple(groups)):
+                keep[units[arch.widths[g] :]] = False
+        masks = [keep[axis] for axis in self.traced.axes]
+        return [None if mask.all() else mask.nonzero()[0] for mask in masks]
+
+    def _by_saliency(self, groups: tuple[int, ...]) -> list[tuple[int, np.ndarray]]:
+        """For each group of a class its units, those to be kept first, first."""
+        shared: dict[int, np.ndarray] = {}
+        for g in groups:
+            units = self.traced.units[g]
+            shared[len(units)] = shared.get(len(units), 0) + self.saliency[units]
+        return [
+            (g, units[np.argsort(-shared[len(units)], kind="stable")])
+            for g, units in ((g, self.traced.units[g]) for g in groups)
+        ]
 
     def _materialize(self, arch: Architecture, kept: Sequence[np.ndarray | None]) -> Iterator[tuple[Slot, Tensor]]:
         """The student's tensors; one native call for each dtype among them."""
         keep = np.array(arch.keep)
         for bank, slots, layers in self.banks:
-            chosen = np.flatnonzero(keep[layers])
-            kernels = np.array([_new_kernel(slots[k], arch) for k in chosen.tolist()]).reshape(-1, 2)
+            chosen = keep[layers].nonzero()[0]
+            kernels = None  # uncropped
+            if arch.kernels != self.kernels:
+                kernels = np.array([_new_kernel(slots[k], arch) for k in chosen.tolist()]).reshape(-1, 2)
             for k, tensor in zip(chosen.tolist(), bank.materialize(chosen, kept, kernels), strict=True):
                 source = slots[k].tensor
                 yield slots[k], tensor.view(*tensor.shape[:2], *source.shape[2:]) if source.ndim in (3, 5) else tensor
 
-    def _resized(self, i: int, arch: Architecture, kept: Sequence[np.ndarray | None]) -> nn.Module:
-        """Layer i as a shallow copy that announces its new shapes."""
+    def _resized(self, i: int, arch: Architecture, channels: Sequence[int]) -> nn.Module:
+        """Layer i as a shallow copy that announces its new shapes; channels: on each axis."""
         traced, module = self.traced, self.traced.modules[i]
         if traced.out_axis[i] < 0:
             return copy.deepcopy(module).eval()
@@ -134,10 +145,7 @@ class StudentFactory:
         for name in self.whole[i]:
             tensors: dict[str, Any] = copied._parameters if name in copied._parameters else copied._buffers
             tensors[name] = _own(tensors[name])
-        given, made = (
-            len(traced.axes[axis]) if kept[axis] is None else len(kept[axis])
-            for axis in (traced.in_axis[i], traced.out_axis[i])
-        )
+        given, made = channels[traced.in_axis[i]], channels[traced.out_axis[i]]
         copied.__dict__.update(_shape_attributes(module, given, made, arch.kernels[i]))  # past nn.Module's slow setattr
         return copied
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ from test_ops import DTYPES, Index, assert_results, by_indexing, logits, plan
 HERE = Path(__file__).resolve().parent / "cuda_on_cpu"
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+SANITIZERS = os.environ.get("N2N_FAST_SANITIZE")  # set by .ci/sanitize
+SANITIZE = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-g"] if SANITIZERS else []
 SCHEDULES = [0, 1, 2, 3]
 GUARD = 64  # bytes before and behind what a kernel writes, which it must leave alone
 
@@ -31,7 +34,7 @@ def compiled(source: Path, csrc: Path, to: Path) -> Path:
     """Return the object file of one source, written to the folder `to`."""
     target = to / f"{source.name}.o"
     flags = ["-std=c++17", "-O1", "-fPIC", "-pthread", "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{csrc}"]
-    run([*flags, "-c", "-x", "c++", str(source), "-o", str(target)])
+    run([*flags, *SANITIZE, "-c", "-x", "c++", str(source), "-o", str(target)])
     return target
 
 
@@ -45,7 +48,7 @@ class Kernels:
 
     def __init__(self, objects: Sequence[Path], to: Path) -> None:
         library = to / "kernels.so"
-        run(["-shared", "-pthread", *map(str, objects), "-o", str(library)])
+        run(["-shared", "-pthread", *SANITIZE, *map(str, objects), "-o", str(library)])
         self.library = ctypes.CDLL(str(library))
         for name in ("kd_loss", "materialize_pack", "materialize"):
             getattr(self.library, name).restype = ctypes.c_char_p

@@ -406,7 +406,7 @@ def assert_results(results: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
         assert torch.equal(result, want)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=int(os.environ.get("N2N_FAST_FUZZ", "400")), deadline=None)
 @given(plan())
 def test_results_are_the_references(arguments):
     wanted = [by_indexing(*one) for one in zip(*arguments, strict=True)]
@@ -555,6 +555,33 @@ def test_a_bank_checks_its_weights_once():
     with pytest.raises(ValueError, match=r"^weights\[1\]: expected torch.float32 on cpu"):
         ops.WeightBank([torch.randn(3), torch.randn(3).double()], [0, 0], [None, None])
     assert ops.WeightBank([], [], []).materialize(np.array([], dtype=np.int64), []) == []
+
+
+def test_memory_is_used_again_once_no_tensor_is_left_on_it():
+    bank = ops.WeightBank([torch.randn(64, 32)], [0], [1])
+    chosen, half = np.array([0]), [np.arange(32), None]
+    first = bank.materialize(chosen, half)[0]
+    row = first[3].clone(), first[3]
+    second = bank.materialize(chosen, [None, None])[0]
+    assert second.data_ptr() != first.data_ptr()
+    address = first.data_ptr()
+    del first
+    assert bank.materialize(chosen, half)[0].data_ptr() not in (address, second.data_ptr())  # a view of it lives
+    assert torch.equal(*row)
+    del row
+    assert bank.materialize(chosen, half)[0].data_ptr() == address
+    assert torch.equal(second, bank.weights[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_recycled_memory_is_of_the_bank_s_type_and_no_larger_than_the_results(dtype):
+    bank = ops.WeightBank([torch.randn(7, 5).to(dtype)], [0], [1])
+    result = bank.materialize(np.array([0]), [np.array([1, 4]), None])[0]
+    assert torch.equal(result, bank.weights[0][[1, 4]])
+    assert result.data_ptr() % 64 == 0
+    assert result.untyped_storage().nbytes() <= 64 + 10 * dtype.itemsize
+    more = bank.materialize(np.array([0]), [np.zeros(100, np.int64), None])[0]  # beyond what the bank holds
+    assert torch.equal(more, bank.weights[0][[0] * 100])
 
 
 def test_nothing_to_do():
