@@ -564,12 +564,14 @@ def test_memory_is_used_again_once_no_tensor_is_left_on_it():
     row = first[3].clone(), first[3]
     second = bank.materialize(chosen, [None, None])[0]
     assert second.data_ptr() != first.data_ptr()
-    address = first.data_ptr()
-    del first
-    assert bank.materialize(chosen, half)[0].data_ptr() not in (address, second.data_ptr())  # a view of it lives
+    taken = (first.data_ptr(), second.data_ptr())
+    del first  # but not the view of it
+    assert bank.materialize(chosen, half)[0].data_ptr() not in taken
     assert torch.equal(*row)
     del row
-    assert bank.materialize(chosen, half)[0].data_ptr() == address
+    addresses = {bank.materialize(chosen, half)[0].data_ptr() for _ in range(20)}
+    assert len(addresses) <= 2
+    assert second.data_ptr() not in addresses
     assert torch.equal(second, bank.weights[0])
 
 
