@@ -5,6 +5,7 @@ pass. `sample` draws without gradients; `log_prob` scores drawn actions in one d
 nothing are masked: they are drawn as "keep as it is" and add nothing to the log-probability.
 """
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,29 +55,66 @@ class ShrinkagePolicy(nn.Module):
         self.lstm = nn.LSTM(features + 2 * ratios, hidden, layers, batch_first=True)
         self.head = nn.Linear(hidden, 2 * ratios)
 
-    def forward(
-        self, x: Tensor, previous: Tensor, state: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x: (steps, features), previous actions: (count, steps, 2) -> log-probabilities (count, steps, 2, ratios)."""
+    def forward(self, x: Tensor, previous: Tensor) -> Tensor:
+        """x: (layers, features), previous actions (count, layers, 2) -> log-probabilities, (count, layers, 2, ratios)."""
         seen = nn.functional.one_hot(previous, self.ratios).flatten(2).to(x.dtype)
-        output, state = self.lstm(torch.cat([x.expand(len(previous), -1, -1), seen], 2), state)
-        logits = self.head(output).unflatten(2, (2, self.ratios))
-        return logits.log_softmax(3), state
+        output = self.lstm(torch.cat([x.expand(len(previous), -1, -1), seen], 2))[0]
+        logits: Tensor = self.head(output)
+        return logits.view(*previous.shape, self.ratios).log_softmax(3)
 
     @torch.no_grad()
     def sample(self, x: Tensor, mask: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Actions (count, layers, 2) int64; the last ratio wherever mask, (layers, 2) bool, is false."""
-        action = torch.full((count, 1, 2), self.ratios - 1)
-        state, actions = None, []
+        """Actions (count, layers, 2) int64; the last ratio wherever mask, (layers, 2) bool, is false.
+
+        An action is the largest of its logits plus Gumbel noise. The steps are numpy's: calling a torch operator costs
+        more than so few numbers do.
+        """
+        noise = torch.empty(len(x), count, 2, self.ratios).exponential_(generator=generator).log_().neg_().numpy()
+        first, *others = (_Cell(self.lstm, k) for k in range(self.lstm.num_layers))
+        of_features, of_channels, of_kernel = np.split(first.of_input, [x.shape[1], x.shape[1] + self.ratios])
+        given = x.numpy() @ of_features
+        head, bias = self.head.weight.numpy().T, self.head.bias.numpy()
+        zeros = np.zeros((count, self.lstm.hidden_size), dtype=np.float32)
+        states = [(zeros, zeros)] * self.lstm.num_layers
+        unchanged = np.full((count, 2), self.ratios - 1)
+        free, is_free = mask.numpy(), mask.any(1).tolist()
+        actions = np.empty((len(x), count, 2), dtype=np.int64)
+        action = unchanged
         for t in range(len(x)):
-            log_probs, state = self(x[t : t + 1], action, state)
-            drawn = torch.multinomial(log_probs.exp().flatten(0, 2), 1, generator=generator).view(count, 1, 2)
-            action = torch.where(mask[t], drawn, self.ratios - 1)
-            actions.append(action)
-        return torch.cat(actions, 1)
+            states[0] = first(given[t] + of_channels[action[:, 0]] + of_kernel[action[:, 1]], states[0])
+            for k, cell in enumerate(others, 1):
+                states[k] = cell(states[k - 1][0] @ cell.of_input, states[k])
+            action = unchanged
+            if is_free[t]:
+                logits = (states[-1][0] @ head + bias).reshape(count, 2, self.ratios)
+                action = np.where(free[t], (logits + noise[t]).argmax(2), unchanged)
+            actions[t] = action
+        return torch.from_numpy(actions).transpose(0, 1)
 
     def log_prob(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
         """Log-probability of each of the action sequences (count, layers, 2), (count,)."""
         previous = torch.cat([torch.full_like(actions[:, :1], self.ratios - 1), actions[:, :-1]], 1)
-        log_probs: Tensor = self(x, previous)[0]
+        log_probs: Tensor = self(x, previous)
         return (log_probs.gather(3, actions[..., None])[..., 0] * mask).sum((1, 2))
+
+
+class _Cell:
+    """One step of one layer of an LSTM, in numpy."""
+
+    def __init__(self, lstm: nn.LSTM, layer: int) -> None:
+        """of_input: the transposed weight of the input, (inputs, 4 hidden)."""
+        names = (f"{kind}_l{layer}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        of_input, of_hidden, *biases = (getattr(lstm, name).detach().numpy() for name in names)
+        self.of_input, self.of_hidden = of_input.T.copy(), of_hidden.T.copy()
+        self.bias = biases[0] + biases[1]
+
+    def __call__(self, given: np.ndarray, state: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """given: the input times its weight, (count, 4 hidden); state: output and cell, (count, hidden) each."""
+        hidden, cell = state
+        size = hidden.shape[1]
+        gates = given + hidden @ self.of_hidden + self.bias
+        update = np.tanh(gates[:, 2 * size : 3 * size])
+        opened = 0.5 + 0.5 * np.tanh(0.5 * gates)  # the logistic function, which cannot overflow so
+        enter, forget, leave = opened[:, :size], opened[:, size : 2 * size], opened[:, 3 * size :]
+        cell = forget * cell + enter * update
+        return leave * np.tanh(cell), cell

@@ -118,6 +118,20 @@ def test_shrinkage_log_prob_is_the_product_of_the_steps(seed: int) -> None:
             assert expected.exp().item() == pytest.approx(probability, rel=1e-4)
 
 
+def test_shrinkage_samples_are_the_largest_of_noisy_logits() -> None:
+    policy, x, mask = (
+        make("shrinkage"),
+        sequence(),
+        torch.rand(LAYERS, 2, generator=torch.Generator().manual_seed(2)) < 0.7,
+    )
+    actions = sample(policy, x, mask, 6, seed=5)
+    noise = -torch.empty(LAYERS, 6, 2, RATIOS).exponential_(generator=torch.Generator().manual_seed(5)).log()
+    before = torch.cat([torch.full((6, 1, 2), RATIOS - 1), actions[:, :-1]], 1)
+    with torch.no_grad():
+        wanted = (policy(x, before) + noise.transpose(0, 1)).argmax(3)
+    assert torch.equal(actions, torch.where(mask, wanted, RATIOS - 1))
+
+
 def outcomes(kind: str, mask: Tensor, choices: int) -> Tensor:
     """Every action sequence that `mask` allows."""
     options = [range(choices) if free else (choices - 1,) for free in mask.flatten().tolist()]
@@ -145,9 +159,9 @@ def test_shrinkage_looks_back_and_removal_both_ways() -> None:
     previous = torch.zeros(1, LAYERS, 2, dtype=torch.int64)
     with torch.no_grad():
         assert (removal(x)[0] - removal(changed)[0]).abs() > 0
-        assert torch.equal(shrinkage(x, previous)[0][:, :-1], shrinkage(changed, previous)[0][:, :-1])
+        assert torch.equal(shrinkage(x, previous)[:, :-1], shrinkage(changed, previous)[:, :-1])
         previous[0, 2] = 1
-        after = shrinkage(x, previous)[0] - shrinkage(x, torch.zeros_like(previous))[0]
+        after = shrinkage(x, previous) - shrinkage(x, torch.zeros_like(previous))
     assert not after[0, :2].any()
     assert (after[0, 2:].abs().amax((1, 2)) > 0).all()
 
