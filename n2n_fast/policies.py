@@ -56,7 +56,7 @@ class ShrinkagePolicy(nn.Module):
         self.head = nn.Linear(hidden, 2 * ratios)
 
     def forward(self, x: Tensor, previous: Tensor) -> Tensor:
-        """x: (layers, features), previous actions (count, layers, 2) -> log-probabilities, (count, layers, 2, ratios)."""
+        """Log-probabilities (count, layers, 2, ratios); x: (layers, features), previous actions: (count, layers, 2)."""
         seen = nn.functional.one_hot(previous, self.ratios).flatten(2).to(x.dtype)
         output = self.lstm(torch.cat([x.expand(len(previous), -1, -1), seen], 2))[0]
         logits: Tensor = self.head(output)
