@@ -63,7 +63,10 @@ def _on_short_path(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing but autograd watches these tensors: no compiler, no mode, no subclass, no meta device."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return all(t is None or (type(t) in _PLAIN_TYPES and not t.is_meta) for t in tensors)
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN_TYPES or t.is_meta):
+            return False
+    return True
 
 
 # --- materialize ------------------------------------------------------------------------------------------------------
@@ -696,25 +699,26 @@ def _kd_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute (loss, grad, correct); without `with_grad` the grad is (0, C)."""
     _check_kd_loss(student, teacher, labels)
-    device, dtype = student.device, student.dtype
-    if not _is_native(device, dtype):
+    dtype, on_cpu = student.dtype, student.is_cpu
+    if not (on_cpu or (student.is_cuda and _HAS_CUDA)):
         loss, grad, correct = kd_loss_and_grad_reference(student, teacher, labels, kd_weight)
         return loss, (grad if with_grad else grad[:0].clone()), correct
     student, teacher, labels = student.contiguous(), teacher.contiguous(), labels.contiguous()
     rows, classes = student.shape
-    grad = torch.empty((rows if with_grad else 0, classes), dtype=dtype, device=device)
-    loss = torch.empty((), dtype=_loss_dtype(dtype), device=device)
-    correct = torch.empty((), dtype=torch.int64, device=device)
+    grad = torch.empty_like(student) if with_grad else student.new_empty((0, classes))
+    loss = student.new_empty(()) if dtype.itemsize > 2 else student.new_empty((), dtype=torch.float32)
+    correct = labels.new_empty(())
     arguments = (
         *(_DTYPE_CODES[dtype], rows, classes, student.data_ptr(), teacher.data_ptr(), labels.data_ptr(), kd_weight),
         *(grad.data_ptr(), loss.data_ptr(), correct.data_ptr()),
     )
-    if device.type == "cpu":
+    if on_cpu:
         _C.kd_loss_cpu(*arguments, torch.get_num_threads(), _C.BEST_SIMD)
         return loss, grad, correct
-    with torch.cuda.device(device):
-        workspace = torch.empty(_C.KD_LOSS_WORKSPACE_WORDS, dtype=torch.int64, device=device)
-        _C.kd_loss_cuda(*arguments, workspace.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
+    with torch.cuda.device(student.device):
+        workspace = labels.new_empty(_C.KD_LOSS_WORKSPACE_WORDS)
+        stream = torch.cuda.current_stream(student.device).cuda_stream
+        _C.kd_loss_cuda(*arguments, workspace.data_ptr(), stream)
     return loss, grad, correct
 
 

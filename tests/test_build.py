@@ -63,10 +63,10 @@ def test_only_ops_imports_the_native_module():
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler")
 @pytest.mark.parametrize("name", ["kd_loss", "materialize"])
 def test_kernels_do_not_spill_registers(name, tmp_path):
-    arch = ["-gencode", "arch=compute_90,code=sm_90"]
+    arch = [flag for sm in (80, 90, 100) for flag in ("-gencode", f"arch=compute_{sm},code=sm_{sm}")]
     command = ["nvcc", "-std=c++17", "-O3", *arch, "-Xptxas", "-v", "-c", str(ROOT / "csrc" / f"{name}.cu")]
     done = subprocess.run([*command, "-o", str(tmp_path / "x.o")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
-    assert len(spills) >= 3
+    assert len(spills) >= 9
     assert set(spills) == {"0"}
