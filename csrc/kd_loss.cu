@@ -273,8 +273,9 @@ __global__ void __launch_bounds__(kRowThreads) warp_per_row(Args<T> args) {
   args.partials[blockIdx.x] = partial;
 }
 
+// One block a processor is enough for the compiler to aim at: for two it spills.
 template <class T, class Values>
-__global__ void __launch_bounds__(kBlockThreads) block_per_row(Args<T> args) {
+__global__ void __launch_bounds__(kBlockThreads, 1) block_per_row(Args<T> args) {
   Partial partial{};
   for (int64_t n = blockIdx.x; n < args.rows; n += gridDim.x)
     add_row<T, BlockGroup, Values>(args, BlockGroup(), n, partial);
