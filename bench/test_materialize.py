@@ -8,12 +8,14 @@ import torchvision
 from n2n_fast import ArchitectureSpace, ops
 from n2n_fast.student import slots_of
 
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 
-@pytest.fixture(scope="module")
-def cut():
+
+@pytest.fixture(scope="module", params=DEVICES)
+def cut(request):
     """The weights of a ResNet-34 and, for each, the channels that a student of half its widths keeps."""
-    teacher = torchvision.models.resnet34(num_classes=10).eval()
-    space = ArchitectureSpace(teacher, torch.zeros(1, 3, 32, 32))
+    teacher = torchvision.models.resnet34(num_classes=10).eval().to(request.param)
+    space = ArchitectureSpace(teacher, torch.zeros(1, 3, 32, 32, device=request.param))
     arch = space.shrink(space.teacher, [0.5] * len(space.layers))
     kept = space._factory.kept_channels(arch, [list(c) for c in space._classes(arch.keep)])
     slots = slots_of(space._traced)
@@ -33,21 +35,29 @@ def by_index_select(weights, rows, columns):
     return results
 
 
-@pytest.mark.benchmark(group="materialize: half a ResNet-34")
 @pytest.mark.parametrize("way", ["n2n_fast", "n2n_fast, described anew", "index_select", "memcpy"])
 def test_half_a_resnet34(benchmark, cut, way):
     weights, rows, columns, kept, bank = cut
-    wanted = by_index_select(weights, rows, columns)
-    out = torch.empty(ops.materialize_numel(weights, rows, columns))
-    source = torch.randn(len(out))
+    device = weights[0].device
+    benchmark.group = "materialize: half a ResNet-34" + " on a GPU" * (device.type == "cuda")
+    there = [[None if index is None else index.to(device) for index in side] for side in (rows, columns)]
+    wanted = by_index_select(weights, *there)
+    out = torch.empty(ops.materialize_numel(weights, rows, columns), device=device)
+    source = torch.randn(len(out), device=device)
     everything = np.arange(len(weights))
     calls = {
         "n2n_fast": lambda: bank.materialize(everything, kept, out=out),
         "n2n_fast, described anew": lambda: ops.materialize(weights, rows, columns, None, out),
-        "index_select": lambda: by_index_select(weights, rows, columns),
+        "index_select": lambda: by_index_select(weights, *there),
         "memcpy": lambda: out.copy_(source),
     }
     if way != "memcpy":
         assert all(torch.equal(a, b) for a, b in zip(calls[way](), wanted, strict=True))
     benchmark.extra_info["megabytes"] = len(out) * 4e-6
-    benchmark.pedantic(calls[way], rounds=100, warmup_rounds=10)
+
+    def timed():
+        calls[way]()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(timed, rounds=100, warmup_rounds=10)

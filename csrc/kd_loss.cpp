@@ -12,7 +12,7 @@
 namespace n2n {
 namespace {
 
-constexpr int64_t kChunkElements = 8192;      // what a thread claims at once; also fixes the order of the sum
+constexpr int64_t kChunkElements = 8192;        // what a thread claims at once; also fixes the order of the sum
 constexpr int64_t kParallelElements = 1 << 18;  // below this, waking a thread costs more than it saves
 constexpr int64_t kStackBytes = 32768;
 

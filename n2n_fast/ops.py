@@ -63,10 +63,7 @@ def _on_short_path(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing but autograd watches these tensors: no compiler, no mode, no subclass, no meta device."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    for t in tensors:
-        if t is not None and (type(t) not in _PLAIN_TYPES or t.is_meta):
-            return False
-    return True
+    return all(t is None or (type(t) in _PLAIN_TYPES and not t.is_meta) for t in tensors)
 
 
 # --- materialize ------------------------------------------------------------------------------------------------------
@@ -430,6 +427,10 @@ class _RecycledMemory:
         self._capacity = capacity
         self._blocks: list[_Block] = []
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[_RecycledMemory], tuple[int]]:
+        """A copy begins without memory."""
+        return _RecycledMemory, (self._capacity,)
 
     def empty_like(self, like: Tensor, numel: int) -> Tensor:
         """An uninitialised tensor (numel,) of the dtype and device of `like`."""

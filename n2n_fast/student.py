@@ -1,7 +1,6 @@
 """Architecture -> nn.Module: which channels of the teacher a student keeps, and the module that holds them."""
 
 import copy
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +83,7 @@ class StudentFactory:
             for i, module in enumerate(traced.modules)
         ]
         self.kernels = tuple(layer.kernel_size for layer in traced.layers)
-        self._ranked = functools.lru_cache(maxsize=4096)(self._by_saliency)
+        self._alone = [self._by_saliency([g])[0][1] for g in range(len(traced.units))]
 
     def build(self, arch: Architecture, kept: Sequence[np.ndarray | None]) -> fx.GraphModule:
         """The student with its weights sliced from the teacher's ("inherit"); kept: as `kept_channels` gives it."""
@@ -108,12 +107,14 @@ class StudentFactory:
         """
         keep = np.ones(len(self.traced.group_of), dtype=bool)
         for groups in classes:
-            for g, units in self._ranked(tuple(groups)):
+            members = list(groups)
+            ranked = self._by_saliency(members) if len(members) > 1 else [(members[0], self._alone[members[0]])]
+            for g, units in ranked:
                 keep[units[arch.widths[g] :]] = False
         masks = [keep[axis] for axis in self.traced.axes]
         return [None if mask.all() else mask.nonzero()[0] for mask in masks]
 
-    def _by_saliency(self, groups: tuple[int, ...]) -> list[tuple[int, np.ndarray]]:
+    def _by_saliency(self, groups: Sequence[int]) -> list[tuple[int, np.ndarray]]:
         """For each group of a class its units, those to be kept first, first."""
         shared: dict[int, np.ndarray] = {}
         for g in groups:

@@ -1,5 +1,6 @@
 """The transitions of the search: what they do, what they refuse, and that what they promise is what is built."""
 
+import copy
 import random
 from collections.abc import Sequence
 
@@ -446,3 +447,11 @@ def test_building_the_space_of_a_student() -> None:
     assert torch.equal(second.build(second.teacher)(images()), student(images()))
     smaller = second.shrink(second.teacher, [0.5] * len(second.layers))
     assert second.build(smaller)(images()).shape == (2, 10)
+
+
+def test_a_copied_space_builds_the_same_students():
+    space = space_of("cifar_resnet")
+    arch = space.shrink(space.teacher, [0.5] * len(space.layers))
+    x = images()
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(space).build(arch)(x), space.build(arch)(x))
