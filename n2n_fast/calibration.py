@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from n2n_fast import ops
 from n2n_fast.channels import BATCH_NORMS
@@ -110,7 +110,12 @@ class Calibration:
     def sample(self, i: int, x: Tensor, first: int) -> Tensor:
         """Layer i's input x, for images first, first + 1, ..., at that layer's positions: (samples, channels)."""
         repeat = self.traced.repeats[i]
-        rows = x.view(len(x), -1, repeat).mT if x.ndim == 2 else x.movedim(1, -1).flatten(1, -2)
+        if x.ndim == 2:
+            rows = x.view(len(x), -1, repeat).mT
+        elif isinstance(self.traced.modules[i], nn.Linear):
+            rows = x.flatten(1, -2)
+        else:
+            rows = x.movedim(1, -1).flatten(1, -2)
         positions = rows.shape[1]
         if i not in self._places:
             wanted = max(MIN_SAMPLES, SAMPLES_PER_CHANNEL * rows.shape[2])

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
+from torchvision.ops import StochasticDepth
+
+from n2n_fast.tracing import ChannelScale
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -30,7 +33,7 @@ ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.PReLU, nn.RReLU),
 )
-DROPOUTS = (nn.modules.dropout._DropoutNd,)
+DROPOUTS = (nn.modules.dropout._DropoutNd, StochasticDepth)
 
 POINTWISE = {
     *(F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.softsign),
@@ -50,6 +53,7 @@ SPATIAL = {
     *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
     *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
 }
+PERMUTATIONS = {torch.permute, torch.transpose, torch.swapaxes, "permute", "transpose", "swapaxes"}
 REDUCTIONS = {torch.mean, torch.sum, torch.amax, torch.amin, "mean", "sum", "amax", "amin"}
 
 
@@ -149,6 +153,8 @@ class ChannelLabels:
             return self._weighted(node, -1, module.in_features, module.out_features, 1)
         if isinstance(module, NORMS):
             return self._norm(node, module)
+        if isinstance(module, ChannelScale):
+            return self._scale(node, module)
         if isinstance(module, nn.Flatten):
             self._record(node, None, None)
             return self._flatten(node)
@@ -176,13 +182,26 @@ class ChannelLabels:
     def _norm(self, node: fx.Node, module: nn.Module) -> Channels | None:
         source = node.all_input_nodes[0]
         value, shape = self.values[source], self.shapes[source]
-        dim = len(shape) - 1 if isinstance(module, nn.LayerNorm) else 1
-        whole = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1
-        if value is None or value.dim != dim or whole:
+        if value is None:
+            return self._opaque(node, type(module).__name__)
+        dim = 1
+        if isinstance(module, nn.LayerNorm):  # a subclass may normalise over another dimension than the last
+            dim = len(shape) - 1 if type(module) is nn.LayerNorm else value.dim
+        whole = isinstance(module, nn.LayerNorm) and tuple(module.normalized_shape) != (shape[dim],)
+        if value.dim != dim or whole:
             return self._opaque(node, type(module).__name__)
         if isinstance(module, nn.GroupNorm):
             block = module.num_channels // module.num_groups
             self.tie(value.labels, np.repeat(value.labels[::block], block))
+        self._record(node, value.labels, value.labels)
+        return value
+
+    def _scale(self, node: fx.Node, module: ChannelScale) -> Channels | None:
+        source = node.all_input_nodes[0]
+        value = self.values[source]
+        dim = len(self.shapes[source]) - len(module.view) + module.view.index(-1)
+        if value is None or value.dim != dim or self.shapes[source] != self.shapes[node]:
+            return self._opaque(node, "a parameter")
         self._record(node, value.labels, value.labels)
         return value
 
@@ -224,6 +243,8 @@ class ChannelLabels:
             return self._concatenate(node)
         if node.target in REDUCTIONS:
             return self._reduce(node)
+        if node.target in PERMUTATIONS:
+            return self._permute(node)
         return self._flatten(node)
 
     def _unknown(self, node: fx.Node) -> Channels | None:
@@ -278,6 +299,21 @@ class ChannelLabels:
             return self._unknown(node)
         kept = len(self.shapes[node]) == rank
         return Channels(value.dim if kept else value.dim - sum(d < value.dim for d in reduced), value.labels)
+
+    def _permute(self, node: fx.Node) -> Channels | None:
+        source = node.all_input_nodes[0]
+        value, rank = self.values[source], len(self.shapes[source])
+        assert value is not None
+        given = [*node.args[1:], *node.kwargs.values()]
+        flat: list[Any] = list(given[0]) if len(given) == 1 and isinstance(given[0], Sequence) else given
+        if not all(isinstance(d, int) for d in flat):
+            return self._unknown(node)
+        order = [d % rank for d in flat]
+        if "permute" not in str(getattr(node.target, "__name__", node.target)):
+            order = list(range(rank))
+            a, b = (d % rank for d in flat)
+            order[a], order[b] = order[b], order[a]
+        return Channels(order.index(value.dim), value.labels, value.repeat)
 
     def _flatten(self, node: fx.Node) -> Channels | None:
         """Whatever comes to flatten(1): each channel then stands at all of its positions."""

@@ -27,7 +27,7 @@ from n2n_fast.channels import (
     components,
 )
 from n2n_fast.errors import BadInput
-from n2n_fast.tracing import shapes_of, trace
+from n2n_fast.tracing import ChannelScale, shapes_of, trace
 
 KINDS = ("conv", "depthwise", "linear", "norm", "activation", "pool", "reshape", "dropout", "opaque")
 
@@ -227,8 +227,7 @@ class TracedTeacher:
         self.fittable, self.norm_after = [], []
         for i, name in enumerate(self.names):
             call = calls[name][0]
-            flat = not isinstance(self.modules[i], nn.Linear) or len(shapes[call.all_input_nodes[0]]) == 2
-            self.fittable.append(bool(self.dense_input[i]) and len(calls[name]) == 1 and flat)
+            self.fittable.append(bool(self.dense_input[i]) and len(calls[name]) == 1)
             users = [str(user.target) for user in call.users if user.op == "call_module"]
             norms = [index[user] for user in users if isinstance(self.modules[index[user]], BATCH_NORMS)]
             self.norm_after.append(norms[0] if norms and len(call.users) == 1 else None)
@@ -318,7 +317,7 @@ def _kind(module: nn.Module) -> str:
         return "depthwise" if module.groups == module.in_channels > 1 else "conv"
     table: tuple[tuple[tuple[type, ...], str], ...] = (
         ((nn.Linear,), "linear"),
-        (NORMS, "norm"),
+        ((*NORMS, ChannelScale), "norm"),
         (ACTIVATIONS, "activation"),
         (POOLS, "pool"),
         ((nn.Flatten,), "reshape"),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torchvision.ops import StochasticDepth, stochastic_depth
 
 from n2n_fast.errors import BadInput, first_line
 
@@ -22,15 +23,33 @@ OUT_OF_PLACE: dict[Any, Any] = {
 }
 
 
+class ChannelScale(nn.Module):
+    """x times a number for each channel: what a teacher writes as a parameter multiplied with a tensor."""
+
+    def __init__(self, scale: Tensor) -> None:
+        """scale: the teacher's, of which all dimensions but one are 1."""
+        super().__init__()
+        self.weight = nn.Parameter(scale.detach().view(-1), scale.requires_grad)
+        self.view = tuple(-1 if size == scale.numel() else 1 for size in scale.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, ...), with the channels where the scale has them."""
+        return x * self.weight.view(self.view)
+
+
 class _Tracer(fx.Tracer):
-    """fx's tracer, with the modules named in `leaf` treated as opaque layers."""
+    """fx's tracer, with the modules named in `leaf` treated as opaque layers, and norms of any kind as layers."""
 
     def __init__(self, leaf: Iterable[str]) -> None:
         super().__init__()
         self.leaf = frozenset(leaf)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.leaf or super().is_leaf_module(m, module_qualified_name)
+        return (
+            isinstance(m, nn.LayerNorm)
+            or module_qualified_name in self.leaf
+            or super().is_leaf_module(m, module_qualified_name)
+        )
 
 
 def trace(teacher: nn.Module, leaf: Iterable[str] = ()) -> fx.GraphModule:
@@ -51,6 +70,7 @@ def trace(teacher: nn.Module, leaf: Iterable[str] = ()) -> fx.GraphModule:
         set_submodule(traced, name, shallow_copy(traced.get_submodule(name)))
     _rewrite_in_place(traced)
     _make_dropouts_modules(traced)
+    _make_scales_modules(traced)
     _erase_identities(traced)
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
@@ -109,6 +129,32 @@ def _make_dropouts_modules(traced: fx.GraphModule) -> None:
             name = f"functional_{node.name}"
             traced.add_submodule(name, kinds[node.target](probability).eval())
             node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
+        if node.op == "call_function" and node.target is stochastic_depth:
+            given, probability, mode = (*node.args, *node.kwargs.values())[:3]
+            name = f"functional_{node.name}"
+            traced.add_submodule(name, StochasticDepth(float(probability), str(mode)).eval())
+            node.op, node.target, node.args, node.kwargs = "call_module", name, (given,), {}
+
+
+def _make_scales_modules(traced: fx.GraphModule) -> None:
+    """A parameter that scales channels (ConvNeXt's layer scale) becomes a layer, whose channels can be cut."""
+    for node in list(traced.graph.nodes):
+        if node.op not in ("call_function", "call_method") or node.target not in (operator.mul, torch.mul, "mul"):
+            continue
+        scales = [n for n in node.args if isinstance(n, fx.Node) and n.op == "get_attr" and len(n.users) == 1]
+        others = [n for n in node.args if isinstance(n, fx.Node) and n.op != "get_attr"]
+        if len(node.args) != 2 or len(scales) != 1 or len(others) != 1:
+            continue
+        path, _, name = str(scales[0].target).rpartition(".")
+        owner = traced.get_submodule(path)
+        scale = getattr(owner, name)
+        if not isinstance(scale, nn.Parameter) or scale.numel() != max(scale.shape, default=0) or scale.numel() < 2:
+            continue
+        layer = f"{path}.{name}_of_channels".lstrip(".")
+        traced.add_submodule(layer, ChannelScale(scale))
+        delattr(owner, name)
+        node.op, node.target, node.args, node.kwargs = "call_module", layer, (others[0],), {}
+        traced.graph.erase_node(scales[0])
 
 
 def _erase_identities(traced: fx.GraphModule) -> None:

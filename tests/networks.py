@@ -250,6 +250,23 @@ def settle(net: nn.Module, seed: int = 0) -> nn.Module:
     return net.eval()
 
 
+class ChannelLast(Tail):
+    """ConvNeXt in small: layer scale, linear layers and a norm over the last dimension, stochastic depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.norm, self.widen, self.narrow = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(24, 8)
+        self.scale = nn.Parameter(torch.rand(8, 1, 1))
+        self.drop = torchvision.ops.StochasticDepth(0.3, "row")
+        self.last_norm = torchvision.models.convnext.LayerNorm2d(8)
+
+    def body(self, x: Tensor) -> Tensor:
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        y = self.narrow(nn.functional.gelu(self.widen(y))).permute(0, 3, 1, 2)
+        return self.last_norm(x + self.drop(self.scale * y))
+
+
 SMALL: dict[str, Callable[[], nn.Module]] = {
     "chain": chain,
     "vgg_size": functools.partial(Vgg, by_number=False),
@@ -262,6 +279,7 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "twice": Twice,
     "gated": Gated,
     "dense": Dense,
+    "channel_last": ChannelLast,
 }
 LARGE = ("resnet18", "resnet50", "wide_resnet50_2", "vgg11_bn", "mobilenet_v2")
 

@@ -96,6 +96,18 @@ def test_channels_that_say_nothing_of_their_own_go_without_a_trace(name, kind, i
     assert float((got - expected).norm() / expected.norm()) < 1e-3
 
 
+@pytest.mark.parametrize("init", INITS)
+def test_a_linear_layer_over_the_last_dimension_is_fitted(init):
+    teacher, pixels = networks.make("channel_last"), torch.randn(64, 3, 16, 16)
+    for tensor in (teacher.widen.weight.data, teacher.widen.bias.data):
+        tensor[12:] = tensor[:12]
+    space = ArchitectureSpace(teacher, pixels[:2], pixels)
+    arch = space.shrink(space.teacher, [0.5 if layer.name == "widen" else 1.0 for layer in space.layers])
+    assert arch.params < space.teacher.params
+    with torch.no_grad():
+        torch.testing.assert_close(space.build(arch, init)(pixels), teacher(pixels), rtol=1e-3, atol=1e-3)
+
+
 class LinearBranch(nn.Module):
     """A residual branch without an activation, whose first convolution and norm are a linear map of its input."""
 
