@@ -53,6 +53,7 @@ SPATIAL = {
     *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
     *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
 }
+VIEWS = (torch.reshape, "view", "reshape")
 PERMUTATIONS = {torch.permute, torch.transpose, torch.swapaxes, "permute", "transpose", "swapaxes"}
 REDUCTIONS = {torch.mean, torch.sum, torch.amax, torch.amin, "mean", "sum", "amax", "amin"}
 
@@ -94,6 +95,10 @@ class ChannelLabels:
         self.warnings: list[str] = []
         self.layers: dict[str, LayerChannels] = {}
         self.values: dict[fx.Node, Channels | None] = {}
+        self.pieces: dict[fx.Node, list[Channels]] = {}  # what a chunk is made of
+        self.folded: dict[
+            fx.Node, np.ndarray
+        ] = {}  # labels (a, b) along dimensions 1 and 2, on the way through a shuffle
         for node in traced.graph.nodes:
             self.values[node] = self._visit(node)
 
@@ -129,6 +134,10 @@ class ChannelLabels:
     # One rule per kind of node
 
     def _visit(self, node: fx.Node) -> Channels | None:
+        if any(n in self.folded for n in node.all_input_nodes):
+            return self._unfold(node)
+        if any(n in self.pieces for n in node.all_input_nodes):
+            return self._piece(node)
         if node.op == "placeholder":
             shape = self.shapes[node]
             return Channels(1, self.pinned(shape[1])) if len(shape) > 1 else None
@@ -232,7 +241,7 @@ class ChannelLabels:
         if not labelled or is_size:
             return None
         if node not in self.shapes:  # several tensors
-            return self._unknown(node)
+            return self._chunk(node)
         if node.target in POINTWISE and len(node.all_input_nodes) == 1:
             return self.values[labelled[0]]
         if node.target in SPATIAL and self.shapes[node][1] == self.shapes[labelled[0]][1]:
@@ -245,7 +254,9 @@ class ChannelLabels:
             return self._reduce(node)
         if node.target in PERMUTATIONS:
             return self._permute(node)
-        return self._flatten(node)
+        if node.target is torch.channel_shuffle:
+            return self._shuffle(node)
+        return None if self._fold(node) else self._flatten(node)
 
     def _unknown(self, node: fx.Node) -> Channels | None:
         target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
@@ -315,12 +326,79 @@ class ChannelLabels:
             order[a], order[b] = order[b], order[a]
         return Channels(order.index(value.dim), value.labels, value.repeat)
 
+    def _chunk(self, node: fx.Node) -> Channels | None:
+        """Equal pieces of the channels: those at one place in each stay together, so that pieces remain equal."""
+        source = node.all_input_nodes[0]
+        value = self.values[source]
+        name = str(getattr(node.target, "__name__", node.target))
+        given: dict[str, Any] = dict(zip(("input", "size", "dim"), node.args, strict=False)) | dict(node.kwargs)
+        sizes = [given[key] for key in ("size", "chunks", "split_size", "split_size_or_sections") if key in given]
+        dim = given.get("dim", 0)
+        if value is None or name not in ("chunk", "split") or not all(isinstance(n, int) for n in (*sizes, dim)):
+            return self._unknown(node)
+        width = self.shapes[source][value.dim]
+        count = sizes[0] if name == "chunk" else width // max(1, sizes[0])
+        if dim % len(self.shapes[source]) != value.dim or count < 1 or width % count or value.repeat > 1:
+            return self._unknown(node)
+        node.op, node.target, node.kwargs = "call_function", torch.chunk, {}
+        node.args = (source, count, value.dim)  # a size written as a number would not fit a narrower student
+        parts = value.labels.reshape(count, -1)
+        self._tie_rows(parts)
+        self.pieces[node] = [Channels(value.dim, labels) for labels in parts]
+        return None
+
+    def _piece(self, node: fx.Node) -> Channels | None:
+        pieces = [piece for n in node.all_input_nodes for piece in self.pieces.get(n, ())]
+        if node.target is operator.getitem and isinstance(node.args[1], int):
+            return pieces[node.args[1]]
+        self.pins += [piece.labels for piece in pieces]
+        return self._unknown(node)
+
+    def _tie_rows(self, labels: np.ndarray) -> None:
+        for row in labels[1:]:
+            self.tie(labels[0], row)
+
+    def _shuffle(self, node: fx.Node) -> Channels | None:
+        value, groups = self.values[node.all_input_nodes[0]], node.args[1] if len(node.args) > 1 else None
+        if value is None or value.dim != 1 or value.repeat > 1 or not isinstance(groups, int):
+            return self._unknown(node)
+        parts = value.labels.reshape(groups, -1)
+        self._tie_rows(parts)
+        return Channels(1, parts.T.flatten())
+
+    def _fold(self, node: fx.Node) -> bool:
+        """Whether this is the first view of a channel shuffle, (N, C, ...) -> (N, a, b, ...) with C = a·b."""
+        source = node.all_input_nodes[0]
+        value, before, after = self.values[source], self.shapes[source], self.shapes[node]
+        splits = len(after) == len(before) + 1 and after[1] * after[2] == before[1] and after[3:] == before[2:]
+        if value is None or value.dim != 1 or value.repeat > 1 or not splits:
+            return False
+        if node.target not in VIEWS or not _is_computed(node, 2):
+            return False
+        self.folded[node] = value.labels.reshape(after[1], after[2])
+        self._tie_rows(self.folded[node])
+        return True
+
+    def _unfold(self, node: fx.Node) -> Channels | None:
+        """What may come between the two views of a channel shuffle, and the second of them."""
+        source = next(n for n in node.all_input_nodes if n in self.folded)
+        labels, before, after = self.folded[source], self.shapes[source], self.shapes.get(node, ())
+        if node.target in ("contiguous", "clone"):
+            self.folded[node] = labels
+            return None
+        if node.target in (torch.transpose, "transpose") and set(node.args[1:]) == {1, 2}:
+            self.folded[node] = labels.T
+            return None
+        if node.target in VIEWS and after == (before[0], labels.size, *before[3:]) and _is_computed(node, 1):
+            return Channels(1, labels.flatten())
+        self.pins.append(labels.flatten())
+        return self._unknown(node)
+
     def _flatten(self, node: fx.Node) -> Channels | None:
         """Whatever comes to flatten(1): each channel then stands at all of its positions."""
         source = node.all_input_nodes[0]
         value, before, after = self.values[source], self.shapes[source], self.shapes[node]
-        views = (torch.flatten, torch.reshape, "flatten", "view", "reshape")
-        if node.op == "call_module" or node.target in views:
+        if node.op == "call_module" or node.target in (*VIEWS, torch.flatten, "flatten"):
             flat = len(after) == 2 and after[0] == before[0] and after[1] == math.prod(before[1:])
             if flat and value is not None and value.dim == 1:
                 if node.op != "call_module":  # sizes written as numbers would not fit a narrower student
@@ -328,6 +406,13 @@ class ChannelLabels:
                 positions = math.prod(before[2:])
                 return Channels(1, np.repeat(value.labels, positions), value.repeat * positions)
         return self._unknown(node)
+
+
+def _is_computed(node: fx.Node, dim: int) -> bool:
+    """Whether a view's size along `dim` follows from its input's, and is not written as a number."""
+    given: Any = node.args[1:] if len(node.args) > 2 else node.args[1]
+    size = given[dim] if isinstance(given, Sequence) and len(given) > dim else 0
+    return isinstance(size, fx.Node) or bool(size == -1)
 
 
 def components(count: int, ties: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:

@@ -267,6 +267,22 @@ class ChannelLast(Tail):
         return self.last_norm(x + self.drop(self.scale * y))
 
 
+class Shuffled(Tail):
+    """ShuffleNetV2 in small: one half of the channels passes by, then both are shuffled; also by a size in numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+        self.first, self.second = (nn.Sequential(*conv_bn(6, 6), nn.ReLU()) for _ in range(2))
+
+    def body(self, x: Tensor) -> Tensor:
+        by, through = x.chunk(2, dim=1)
+        x = torch.cat([by, self.first(through)], 1)
+        count, channels, height, width = x.size()
+        x = x.view(count, 2, channels // 2, height, width).transpose(1, 2).contiguous().view(count, -1, height, width)
+        by, through = torch.split(x, 6, dim=1)
+        return torch.channel_shuffle(torch.cat([by, self.second(through)], 1), 2)
+
+
 SMALL: dict[str, Callable[[], nn.Module]] = {
     "chain": chain,
     "vgg_size": functools.partial(Vgg, by_number=False),
@@ -280,8 +296,9 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "gated": Gated,
     "dense": Dense,
     "channel_last": ChannelLast,
+    "shuffled": Shuffled,
 }
-LARGE = ("resnet18", "resnet50", "wide_resnet50_2", "vgg11_bn", "mobilenet_v2")
+LARGE = ("resnet18", "resnet50", "wide_resnet50_2", "vgg11_bn", "mobilenet_v2", "shufflenet_v2_x0_5")
 
 
 def make(name: str, seed: int = 0) -> nn.Module:
