@@ -164,7 +164,8 @@ def _clone(module: nn.Module, path: str, layers: dict[str, nn.Module]) -> nn.Mod
         return layers[path]
     copied = bare_copy(module)
     for tensors in (copied._parameters, copied._buffers):
-        tensors.update((name, _own(value)) for name, value in tensors.items())
+        for name, value in tensors.items():
+            tensors[name] = _own(value)
     prefix = f"{path}." if path else ""
     for name, child in module._modules.items():
         copied._modules[name] = None if child is None else _clone(child, prefix + name, layers)

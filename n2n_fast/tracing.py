@@ -2,7 +2,7 @@
 
 import contextlib
 import operator
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -138,12 +138,13 @@ def _make_dropouts_modules(traced: fx.GraphModule) -> None:
 
 def _make_scales_modules(traced: fx.GraphModule) -> None:
     """A parameter that scales channels (ConvNeXt's layer scale) becomes a layer, whose channels can be cut."""
+    reads = Counter(str(node.target) for node in traced.graph.nodes if node.op == "get_attr")
     for node in list(traced.graph.nodes):
         if node.op not in ("call_function", "call_method") or node.target not in (operator.mul, torch.mul, "mul"):
             continue
         scales = [n for n in node.args if isinstance(n, fx.Node) and n.op == "get_attr" and len(n.users) == 1]
         others = [n for n in node.args if isinstance(n, fx.Node) and n.op != "get_attr"]
-        if len(node.args) != 2 or len(scales) != 1 or len(others) != 1:
+        if len(node.args) != 2 or len(scales) != 1 or len(others) != 1 or reads[str(scales[0].target)] > 1:
             continue
         path, _, name = str(scales[0].target).rpartition(".")
         owner = traced.get_submodule(path)

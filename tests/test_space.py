@@ -455,3 +455,24 @@ def test_a_copied_space_builds_the_same_students():
     x = images()
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(space).build(arch)(x), space.build(arch)(x))
+
+
+class ScaledTwice(nn.Module):
+    """A parameter that scales channels at two places is one parameter: it stays where it is, at full width."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.scale, self.fc = nn.Parameter(torch.rand(6, 1, 1)), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.fc((self.second(self.first(x) * self.scale) * self.scale).mean((2, 3)))
+
+
+def test_a_scale_read_twice_is_left_alone():
+    teacher, x = ScaledTwice().eval(), torch.randn(2, 3, 8, 8)
+    space = ArchitectureSpace(teacher, x)
+    assert sum(p.numel() for p in teacher.parameters()) == space.teacher.params
+    with torch.no_grad():
+        assert torch.equal(space.build(space.teacher)(x), teacher(x))
+        assert space.build(space.shrink(space.teacher, [0.5] * len(space.layers)))(x).shape == (2, 4)
