@@ -1,0 +1,125 @@
+"""Every convolutional classifier of torchvision in the space: python bench/coverage.py [NAME ...].
+
+For each of them, at a small image: layers, removable and shrinkable ones, groups, the reachable compression, time to
+trace and time for a student; and over DRAWS random architectures whether (a) each builds and runs or is refused
+before, (b) its params and MACs are those counted on the student, (c) the whole architecture computes what the teacher
+does, to the last bit, (d) a teacher with dead channels loses nothing where exactly these go.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch.utils.flop_counter import FlopCounterMode
+
+from n2n_fast import ArchitectureSpace
+from n2n_fast.errors import DegenerateArchitecture
+from n2n_fast.student import slots_of
+
+DRAWS = 20
+SIZES = {"alexnet": 64, "inception_v3": 80}
+TRANSFORMERS = ("vit", "swin", "maxvit")
+OUT = Path(__file__).parent / "results" / "coverage.json"
+
+
+def network(name):
+    quick = {"init_weights": False} if name.startswith(("googlenet", "inception", "vgg", "densenet")) else {}
+    model = torchvision.models.get_model(name, num_classes=10, **({} if name.startswith("densenet") else quick))
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():  # norms that have seen something, so that nothing is exact by chance
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.running_mean.copy_(0.1 * torch.randn(module.num_features, generator=generator))
+            module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=generator))
+    return model.eval()
+
+
+def timed(call, rounds):
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        result = call()
+        times.append(time.perf_counter() - start)
+    return result, statistics.median(times)
+
+
+def draws(space, images, rng):
+    """How many of the drawn architectures are degenerate; asserts (a) and (b) on the others."""
+    degenerate = 0
+    for _ in range(DRAWS):
+        keep = (rng.random(len(space.layers)) >= 0.2).tolist()
+        channels, kernels = (rng.uniform(0.3, 1, len(space.layers)).tolist() for _ in range(2))
+        try:
+            arch = space.shrink(space.remove(space.teacher, keep), channels, kernels)
+        except DegenerateArchitecture:
+            degenerate += 1
+            continue
+        student = space.build(arch)
+        assert sum(p.numel() for p in student.parameters()) == arch.params
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            student(images[:1])
+        assert counter.get_total_flops() == 2 * arch.macs
+        student.train()(images).sum().backward()
+    return degenerate
+
+
+def dead_channels(name, images, rng):
+    """Largest difference, relative, that (d) leaves."""
+    teacher = network(name)
+    space = ArchitectureSpace(teacher, images)
+    traced = space._traced
+    left = [1.0] * len(space.layers)
+    for g, units in enumerate(traced.units):
+        spare = len(units) // 3
+        if traced.pinned[g] or not traced.writers[g] or spare == 0:
+            continue
+        left[traced.writers[g][0]] = 1 - spare / len(units)
+        dead = rng.choice(units, spare, replace=False)
+        for slot in slots_of(traced):
+            if slot.is_parameter:
+                slot.tensor[torch.from_numpy(np.isin(traced.axes[slot.out_axis], dead))] = 0
+    space = ArchitectureSpace(teacher, images)
+    with torch.no_grad():
+        wanted, got = teacher(images), space.build(space.shrink(space.teacher, left))(images)
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def row(name):
+    size, rng = SIZES.get(name, 64), np.random.default_rng(0)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    teacher = network(name)
+    space, tracing = timed(lambda: ArchitectureSpace(teacher, images), 1)
+    smallest = space.shrink(space.teacher, [0.1] * len(space.layers))
+    half = space.shrink(space.teacher, [0.5] * len(space.layers))
+    with torch.no_grad():
+        assert torch.equal(space.build(space.teacher)(images), teacher(images))
+    return {
+        "layers": len(space.layers),
+        "removable": sum(layer.removable for layer in space.layers),
+        "shrinkable": sum(space.choices(space.teacher)[0]),
+        "groups": len(space.teacher.widths),
+        "compression": space.teacher.params / smallest.params,
+        "trace_s": tracing,
+        "student_ms": 1e3 * timed(lambda: space.build(half), 5)[1],
+        "degenerate": draws(space, images, rng),
+        "dead_channels_error": dead_channels(name, images, rng),
+        "warnings": len(space.warnings),
+    }
+
+
+if __name__ == "__main__":
+    every = [n for n in torchvision.models.list_models(module=torchvision.models) if not n.startswith(TRANSFORMERS)]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=every)
+    table = json.loads(OUT.read_text()) if OUT.exists() else {}
+    for chosen in parser.parse_args().names:
+        try:
+            table[chosen] = row(chosen)
+        except Exception as error:  # noqa: BLE001 - a net that fails is a line of the table
+            table[chosen] = {"failed": f"{type(error).__name__}: {error}"[:200]}
+        print(chosen, table[chosen], flush=True)
+        OUT.write_text(json.dumps(table, indent=1) + "\n")
