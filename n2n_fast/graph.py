@@ -295,6 +295,9 @@ class TracedTeacher:
             m, n = self.occurrences[self.in_axis[i], g], self.occurrences[self.out_axis[i], h]
             if g == h and m != n:
                 return None
+            common = math.gcd(m, n)
+            if g != h and (self.sizes[g] < n // common or self.sizes[h] < m // common):
+                return None  # fewer channels than the other side's smallest number
             if g != h:
                 found.append((int(g), int(m), int(h), int(n)))
         return found

@@ -476,3 +476,11 @@ def test_a_scale_read_twice_is_left_alone():
     with torch.no_grad():
         assert torch.equal(space.build(space.teacher)(x), teacher(x))
         assert space.build(space.shrink(space.teacher, [0.5] * len(space.layers)))(x).shape == (2, 4)
+
+
+@pytest.mark.parametrize("name", [*SMALL, *LARGE, "regnet_y_800mf"])
+def test_a_removable_layer_can_be_removed_alone(name):
+    space = space_of(name)
+    for i, layer in enumerate(space.layers):
+        if layer.removable:
+            space.remove(space.teacher, [k != i for k in range(len(space.layers))])
