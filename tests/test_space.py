@@ -206,17 +206,22 @@ def flattening(hidden: int) -> nn.Sequential:
 
 
 def test_widths_that_cannot_meet_are_degenerate_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    space = ArchitectureSpace(flattening(32), images())
+    space = ArchitectureSpace(flattening(150), images())
 
     def built(*_: object) -> None:
         raise AssertionError("something was built")
 
     monkeypatch.setattr(StudentFactory, "build", built)
     monkeypatch.setattr(ops, "materialize", built)
-    assert space.layers[position(space, "3")].removable
-    with pytest.raises(DegenerateArchitecture) as caught:  # 32 outputs are not even one channel of 64 positions
-        space.remove(space.teacher, without(space, "3"))
+    arch = space.shrink(space.teacher, ratios(space, _3=0.2))
+    with pytest.raises(DegenerateArchitecture) as caught:  # 30 outputs are not even one channel of 64 positions
+        space.remove(arch, without(space, "3"))
     assert caught.value.reason == str(caught.value) != ""
+
+
+def test_widths_that_could_never_meet_are_known_from_the_start() -> None:
+    space = ArchitectureSpace(flattening(32), images())
+    assert space.layers[position(space, "3")].note == "its input and output channels cannot meet"
 
 
 def test_a_linear_layer_is_as_wide_as_whole_channels() -> None:
