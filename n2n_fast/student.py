@@ -1,15 +1,16 @@
 """Architecture -> nn.Module: which channels of the teacher a student keeps, and the module that holds them."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx, nn
 
 from n2n_fast import ops
-from n2n_fast.channels import CONVS
+from n2n_fast.channels import CONVS, NORMS
 from n2n_fast.graph import Architecture, TracedTeacher, kernel_size
 from n2n_fast.tracing import bare_copy, shallow_copy
 
@@ -52,12 +53,14 @@ def l1_saliency(traced: TracedTeacher) -> np.ndarray:
     for slot in slots_of(traced):
         if not slot.is_parameter:
             continue
-        weight = slot.tensor.abs().double().flatten(1) if slot.tensor.ndim > 1 else slot.tensor.abs().double()[:, None]
-        weight = (weight / weight.mean().clamp_min(1e-30)).cpu()
-        np.add.at(written, traced.axes[slot.out_axis], weight.mean(1).numpy())
+        weight = slot.tensor.float() if slot.tensor.element_size() < 4 else slot.tensor
+        weight = weight.reshape(len(weight), weight.shape[1] if slot.in_axis is not None else 1, -1)
+        rows = torch.linalg.vector_norm(weight, 1, (1, 2)).double().cpu()
+        mean = rows.mean().clamp_min(1e-30)
+        np.add.at(written, traced.axes[slot.out_axis], (rows / mean).numpy())
         if slot.in_axis is not None:
-            inputs = weight.view(len(weight), slot.tensor.shape[1], -1).mean((0, 2))
-            np.add.at(read, traced.axes[slot.in_axis], inputs.numpy())
+            columns = torch.linalg.vector_norm(weight, 1, (0, 2)).double().cpu()
+            np.add.at(read, traced.axes[slot.in_axis], (columns / mean * len(columns) / len(rows)).numpy())
     unread = np.isin(np.arange(len(read)), np.concatenate([traced.axes[a] for a in traced.in_axis]), invert=True)
     return written * np.where(unread, 1.0, read)
 
@@ -83,6 +86,7 @@ class StudentFactory:
             for i, module in enumerate(traced.modules)
         ]
         self.kernels = tuple(layer.kernel_size for layer in traced.layers)
+        self._announce = [_announcer(module) for module in traced.modules]
         self._alone = [self._by_saliency([g])[0][1] for g in range(len(traced.units))]
 
     def build(self, arch: Architecture, kept: Sequence[np.ndarray | None]) -> fx.GraphModule:
@@ -147,7 +151,9 @@ class StudentFactory:
             tensors: dict[str, Any] = copied._parameters if name in copied._parameters else copied._buffers
             tensors[name] = _own(tensors[name])
         given, made = channels[traced.in_axis[i]], channels[traced.out_axis[i]]
-        copied.__dict__.update(_shape_attributes(module, given, made, arch.kernels[i]))  # past nn.Module's slow setattr
+        announce = self._announce[i]
+        if announce is not None:
+            copied.__dict__.update(announce(module, given, made, arch.kernels[i]))  # past nn.Module's slow setattr
         return copied
 
     def _assemble(self, layers: dict[str, nn.Module]) -> fx.GraphModule:
@@ -194,28 +200,38 @@ def _new_kernel(slot: Slot, arch: Architecture) -> tuple[int, ...]:
     return tuple(_as_2d_kernel(slot.tensor).shape[2:]) or (1, 1)
 
 
-def _shape_attributes(module: nn.Module, given: int, made: int, kernel: tuple[int, ...]) -> dict[str, Any]:
-    """What a layer says of its own shapes once it reads `given` channels and writes `made`."""
-    if isinstance(module, CONVS):
-        groups = given * module.groups // module.in_channels if module.groups > 1 else 1
-        channels = {"in_channels": given, "out_channels": made, "groups": groups}
-        return channels | _cropped_attributes(module, kernel)
-    if isinstance(module, nn.Linear):
-        return {"in_features": given, "out_features": made}
-    if isinstance(module, nn.GroupNorm):
-        return {"num_groups": module.num_groups * made // module.num_channels, "num_channels": made}
-    if isinstance(module, nn.LayerNorm):
-        return {"normalized_shape": (made,)}
-    if isinstance(module, nn.PReLU):
-        return {"num_parameters": made if module.num_parameters > 1 else 1}
-    return {"num_features": made} if hasattr(module, "num_features") else {}
+_Attributes = dict[str, Any]
+_Announcer = Callable[[Any, int, int, tuple[int, ...]], _Attributes]
+
+
+def _announcer(module: nn.Module) -> _Announcer | None:
+    """What a layer says of its own shapes once it reads `given` channels and writes `made`; None: nothing."""
+    table: tuple[tuple[tuple[type, ...], _Announcer], ...] = (
+        (CONVS, _conv_attributes),
+        ((nn.Linear,), lambda module, given, made, kernel: {"in_features": given, "out_features": made}),
+        ((nn.GroupNorm,), _group_norm_attributes),
+        ((nn.LayerNorm,), lambda module, given, made, kernel: {"normalized_shape": (made,)}),
+        ((nn.PReLU,), lambda module, given, made, kernel: {"num_parameters": min(made, module.num_parameters)}),
+        (NORMS, lambda module, given, made, kernel: {"num_features": made}),
+    )
+    return next((announce for types, announce in table if isinstance(module, types)), None)
+
+
+def _group_norm_attributes(norm: Any, given: int, made: int, kernel: tuple[int, ...]) -> _Attributes:
+    return {"num_groups": norm.num_groups * made // norm.num_channels, "num_channels": made}
+
+
+def _conv_attributes(conv: Any, given: int, made: int, kernel: tuple[int, ...]) -> _Attributes:
+    groups = given * conv.groups // conv.in_channels if conv.groups > 1 else 1
+    attributes = {"in_channels": given, "out_channels": made, "groups": groups, "kernel_size": kernel}
+    return attributes if kernel == conv.kernel_size else attributes | _cropped_attributes(conv, kernel)
 
 
 def _cropped_attributes(conv: Any, kernel: tuple[int, ...]) -> dict[str, Any]:
     """A smaller kernel for `conv`, and the padding that leaves its output's size unchanged."""
     before = kernel_size(conv)
     if kernel == before or conv.padding == "valid":
-        return {"kernel_size": kernel}
+        return {}
     if conv.padding == "same":
         padding = conv.padding
         totals = [d * (k - 1) for d, k in zip(conv.dilation, kernel, strict=True)]
@@ -225,7 +241,7 @@ def _cropped_attributes(conv: Any, kernel: tuple[int, ...]) -> dict[str, Any]:
         padding = tuple(p - cut for p, cut in zip(conv.padding, cuts, strict=True))
         sides = [(p, p) for p in padding]
     twice = [p for side in reversed(sides) for p in side]  # torch pads by this one
-    return {"kernel_size": kernel, "padding": padding, "_reversed_padding_repeated_twice": twice}
+    return {"padding": padding, "_reversed_padding_repeated_twice": twice}
 
 
 def randomize(student: nn.Module) -> nn.Module:
