@@ -81,7 +81,7 @@ def dead_channels(name, images, rng):
         dead = rng.choice(units, spare, replace=False)
         for slot in slots_of(traced):
             if slot.is_parameter:
-                slot.tensor[torch.from_numpy(np.isin(traced.axes[slot.out_axis], dead))] = 0
+                slot.tensor[torch.from_numpy(np.isin(traced.axes[slot.rows], dead))] = 0
     space = ArchitectureSpace(teacher, images)
     with torch.no_grad():
         wanted, got = teacher(images), space.build(space.shrink(space.teacher, left))(images)

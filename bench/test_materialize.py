@@ -17,13 +17,13 @@ def cut(request):
     teacher = torchvision.models.resnet34(num_classes=10).eval().to(request.param)
     space = ArchitectureSpace(teacher, torch.zeros(1, 3, 32, 32, device=request.param))
     arch = space.shrink(space.teacher, [0.5] * len(space.layers))
-    kept = space._factory.kept_channels(arch, [list(c) for c in space._classes(arch.keep)])
+    kept = space._factory.kept_channels(space._kept_units(arch))
     slots = slots_of(space._traced)
     index = [None if k is None else torch.from_numpy(k) for k in kept]
-    rows = [index[slot.out_axis] for slot in slots]
-    columns = [None if slot.in_axis is None else index[slot.in_axis] for slot in slots]
+    rows = [index[slot.rows] for slot in slots]
+    columns = [None if slot.columns is None else index[slot.columns] for slot in slots]
     weights = [slot.tensor for slot in slots]
-    bank = ops.WeightBank(weights, [slot.out_axis for slot in slots], [slot.in_axis for slot in slots])
+    bank = ops.WeightBank(weights, [slot.rows for slot in slots], [slot.columns for slot in slots])
     return weights, rows, columns, kept, bank
 
 

@@ -35,7 +35,7 @@ class Setting:
         self.mask = torch.tensor(space.choices(space.teacher)).T
         self.features = space.features()
         self.arch = space.shrink(space.teacher, [0.5] * len(space.layers))
-        self.kept = space._factory.kept_channels(self.arch, [list(c) for c in space._classes(self.arch.keep)])
+        self.kept = space._factory.kept_channels(space._kept_units(self.arch))
 
     def ours(self, init):
         """A rollout's share of an update's sampling, its architecture, its student."""
@@ -70,7 +70,7 @@ class Setting:
         traced = self.spaces["inherit"]._traced
         for slot in slots_of(traced):
             value = slot.tensor
-            for dim, axis in ((0, slot.out_axis), (1, slot.in_axis)):
+            for dim, axis in ((0, slot.rows), (1, slot.columns)):
                 if axis is not None and self.kept[axis] is not None:
                     value = value.index_select(dim, torch.from_numpy(self.kept[axis]))
             module = model.get_submodule(traced.names[slot.layer])

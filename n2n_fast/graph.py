@@ -8,12 +8,14 @@ follows from it.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from n2n_fast.channels import (
     ACTIVATIONS,
@@ -22,12 +24,14 @@ from n2n_fast.channels import (
     DROPOUTS,
     NORMS,
     POOLS,
+    TRANSPOSED,
+    WEIGHTED,
     ChannelLabels,
     LayerChannels,
     components,
 )
 from n2n_fast.errors import BadInput
-from n2n_fast.tracing import ChannelScale, shapes_of, trace
+from n2n_fast.tracing import ChannelScale, trace, unused, values_of
 
 KINDS = ("conv", "depthwise", "linear", "norm", "activation", "pool", "reshape", "dropout", "opaque")
 
@@ -116,18 +120,31 @@ class TracedTeacher:
     output. largest_activation: numbers per image. warnings: what was not understood.
     """
 
-    def __init__(self, teacher: nn.Module, example: Tensor, leaf: Iterable[str] = ()) -> None:
+    def __init__(
+        self, teacher: nn.Module, example: Tensor, leaf: Iterable[str] = (), held: Collection[str] = ()
+    ) -> None:
+        """held: names of the graph's nodes whose inputs are to stay at full width."""
         if example.ndim < 3 or len(example) < 1:
             raise BadInput(f"example_input: expected (N, C, H, W) with N >= 1, got {tuple(example.shape)}")
-        self.module = trace(teacher, leaf)
-        shapes = shapes_of(self.module, teacher, example)
-        labels = ChannelLabels(self.module, shapes)
-        self.module.recompile()  # flatten was made explicit
+        parameter = next((p for p in teacher.parameters() if p.is_floating_point()), example)
+        self.example = example = torch.cat([example[:1], example[:1]]).to(parameter.device, parameter.dtype)
+        self.module = trace(teacher, example, leaf)
+        shapes, numbers = values_of(self.module, teacher, example)
+        self.shapes = shapes
+        labels = ChannelLabels(self.module, shapes, numbers, {*leaf, *held})
+        self.module.recompile()
         self.warnings = tuple(labels.warnings)
+        if idle := unused(self.module, teacher):
+            self.warnings += (f"{', '.join(idle)}: not used in evaluation, students do without",)
         self.names = tuple(labels.layers)
         self.modules = tuple(self.module.get_submodule(name) for name in self.names)
+        self.opaque = [layer.opaque for layer in labels.layers.values()]
         self._units(labels)
         self._costs(labels)
+        if any(self.opaque) or labels.warnings:  # what happens there costs the same in every architecture
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                self.module(example[:1])
+            self.direct_macs = counter.get_total_flops() // 2 - self._whole_cost()[1]
         calls: dict[str, list[fx.Node]] = {name: [] for name in self.names}
         for node in self.module.graph.nodes:
             if node.op == "call_module":
@@ -139,7 +156,9 @@ class TracedTeacher:
         """Number the units and gather them in groups; express every layer's axes in units."""
         root = components(labels.count, labels.ties)
         sides = [side for layer in labels.layers.values() for side in (layer.input, layer.output)]
-        used = np.unique(root[np.concatenate([s for s in sides if s is not None])]) if self.names else np.arange(0)
+        is_used = np.zeros(labels.count, dtype=bool)
+        is_used[root[np.concatenate([np.arange(0), *(s for s in sides if s is not None)])]] = True
+        used = np.flatnonzero(is_used)
         number = np.full(labels.count, -1)
         number[used] = np.arange(len(used))
         axes: dict[bytes, int] = {}
@@ -153,6 +172,9 @@ class TracedTeacher:
             index.append(axes.setdefault(units.tobytes(), len(self.axes)))
             if index[-1] == len(self.axes):
                 self.axes.append(units)
+        self.units_of = {
+            node: (value.dim, number[root[value.labels]]) for node, value in labels.values.items() if value
+        }
         self.in_axis, self.out_axis = np.array(index[::2], dtype=int), np.array(index[1::2], dtype=int)
         pinned, output = (
             np.isin(used, root[np.concatenate([*lists, np.arange(0)])]) for lists in (labels.pins, labels.outputs)
@@ -184,10 +206,10 @@ class TracedTeacher:
         self.dense_input = np.zeros(count, dtype=bool)
         self.positions = np.array([layer.positions for layer in labels.layers.values()], dtype=np.int64)
         for i, module in enumerate(self.modules):
-            if isinstance(module, (*CONVS, nn.Linear)):
-                grouped = isinstance(module, CONVS) and module.groups > 1
-                self.dense_input[i] = not grouped
-                self.per_pair[i] = module.weight.shape[1] if grouped else 1
+            if isinstance(module, WEIGHTED):
+                groups = getattr(module, "groups", 1)
+                self.dense_input[i] = groups == 1
+                self.per_pair[i] = 1 if groups == 1 else int(module.in_channels) // groups  # type: ignore[arg-type]
                 self.per_channel[i] = 0 if module.bias is None else 1
             elif self.out_axis[i] >= 0 and not isinstance(module, nn.PReLU):
                 self.per_channel[i] = sum(p is not None for p in module._parameters.values())
@@ -204,6 +226,12 @@ class TracedTeacher:
         attributes = {str(node.target) for node in self.module.graph.nodes if node.op == "get_attr"}
         direct = [value for name, value in self.module.named_parameters() if name in attributes]
         self.direct_params = sum(value.numel() for value in direct)
+        self.direct_macs = 0
+
+    def _whole_cost(self) -> tuple[int, int]:
+        return self.cost(
+            [True] * len(self.names), self.sizes.tolist(), [kernel_size(module) for module in self.modules]
+        )
 
     def cost(self, keep: Sequence[bool], widths: Sequence[int], kernels: Sequence[tuple[int, ...]]) -> tuple[int, int]:
         """(params, MACs for one image) of an architecture, without building it."""
@@ -213,7 +241,7 @@ class TracedTeacher:
         pairs = self.per_pair * out * np.where(self.dense_input, width[self.in_axis], 1) * kernel
         kept = np.asarray(keep, dtype=bool)
         params = int((pairs + self.per_channel * out + self.constant)[kept].sum()) + self.direct_params
-        return params, int((pairs * self.positions)[kept].sum())
+        return params, int((pairs * self.positions)[kept].sum()) + self.direct_macs
 
     # Layers and their features
 
@@ -227,7 +255,8 @@ class TracedTeacher:
         self.fittable, self.norm_after = [], []
         for i, name in enumerate(self.names):
             call = calls[name][0]
-            self.fittable.append(bool(self.dense_input[i]) and len(calls[name]) == 1)
+            transposed = isinstance(self.modules[i], TRANSPOSED)
+            self.fittable.append(bool(self.dense_input[i]) and len(calls[name]) == 1 and not transposed)
             users = [str(user.target) for user in call.users if user.op == "call_module"]
             norms = [index[user] for user in users if isinstance(self.modules[index[user]], BATCH_NORMS)]
             self.norm_after.append(norms[0] if norms and len(call.users) == 1 else None)
@@ -235,7 +264,7 @@ class TracedTeacher:
     def _layers(
         self, labels: ChannelLabels, shapes: dict[fx.Node, tuple[int, ...]], calls: dict[str, list[fx.Node]]
     ) -> tuple[Layer, ...]:
-        weighted = [i for i, module in enumerate(self.modules) if isinstance(module, (*CONVS, nn.Linear))]
+        weighted = [i for i, module in enumerate(self.modules) if isinstance(module, WEIGHTED)]
         ends = weighted[:1], weighted[-1:]
         skips = _skips(self.module.graph, {name: i for i, name in enumerate(self.names)})
         deciders = {writers[0] for g, writers in enumerate(self.writers) if writers and not self.pinned[g]}
@@ -247,7 +276,7 @@ class TracedTeacher:
             layers.append(
                 Layer(
                     name=name,
-                    kind=_kind(module),
+                    kind=_kind(module, self.opaque[i]),
                     kernel_size=kernel,
                     stride=_ints(getattr(module, "stride", ()), len(kernel)),
                     padding=_padding(module, kernel),
@@ -265,7 +294,7 @@ class TracedTeacher:
         """Why stage 1 may not remove layer i; empty if it may."""
         module = self.modules[i]
         if self.out_axis[i] < 0:
-            return "reshapes" if isinstance(module, nn.Flatten) else "not understood"
+            return "not understood" if self.opaque[i] else "reshapes"
         if isinstance(module, DROPOUTS):
             return "removing it changes nothing"
         for node, shapes in calls:
@@ -276,7 +305,7 @@ class TracedTeacher:
             adaptive = isinstance(module, POOLS) and hasattr(module, "output_size")
             if spatial[0] != spatial[1] or strided or adaptive:
                 return "changes the resolution"
-        weighted = isinstance(module, (*CONVS, nn.Linear))
+        weighted = isinstance(module, WEIGHTED)
         if weighted and self.output[self.group_of[self.axes[self.out_axis[i]]]].any():
             return "classifier"
         if self.relations(i) is None:
@@ -315,18 +344,17 @@ def _width(layer: LayerChannels, call: fx.Node, shapes: dict[fx.Node, tuple[int,
     return shape[1] if len(shape) > 1 else 0
 
 
-def _kind(module: nn.Module) -> str:
-    if isinstance(module, CONVS):
+def _kind(module: nn.Module, opaque: bool) -> str:
+    if isinstance(module, (*CONVS, *TRANSPOSED)):
         return "depthwise" if module.groups == module.in_channels > 1 else "conv"
     table: tuple[tuple[tuple[type, ...], str], ...] = (
         ((nn.Linear,), "linear"),
         ((*NORMS, ChannelScale), "norm"),
         (ACTIVATIONS, "activation"),
         (POOLS, "pool"),
-        ((nn.Flatten,), "reshape"),
         (DROPOUTS, "dropout"),
     )
-    return next((kind for types, kind in table if isinstance(module, types)), "opaque")
+    return next((kind for types, kind in table if isinstance(module, types)), "opaque" if opaque else "reshape")
 
 
 def _ints(value: Any, count: int) -> tuple[int, ...]:

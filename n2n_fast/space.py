@@ -46,13 +46,21 @@ class ArchitectureSpace:
             raise ValueError(f"saliency: expected one of {', '.join(SALIENCIES)}, got {saliency!r}")
         if saliency == "activations" and calibration is None:
             raise ValueError("saliency: 'activations' needs calibration images")
-        self._traced = TracedTeacher(teacher, example_input, leaf)
+        self._factory: StudentFactory
+        held: set[str] = set()
+        while misfit := self._trace(teacher, example_input, leaf, held):
+            held.add(misfit)
         self._calibration: Calibration | None = None
-        value = l1_saliency(self._traced)
         if calibration is not None:
-            self._calibration = Calibration(self._traced, calibration, value, saliency == "activations")
-            value = self._calibration.saliency
-        self._factory = StudentFactory(self._traced, value)
+            value = self._factory.saliency
+            images = calibration.to(self._traced.example)
+            self._calibration = Calibration(self._traced, images, value, saliency == "activations")
+            self._factory = StudentFactory(self._traced, self._calibration.saliency)
+
+    def _trace(self, teacher: nn.Module, example: Tensor, leaf: Iterable[str], held: set[str]) -> str | None:
+        """Trace the teacher, nodes named in `held` kept at full width; name another one that has to be, if any."""
+        self._traced = TracedTeacher(teacher, example, leaf, held)
+        self._factory = StudentFactory(self._traced, l1_saliency(self._traced))
         self._smallest = tuple(smallest_kernel(module) for module in self._traced.modules)
         self._classes_of: dict[tuple[bool, ...], list[dict[int, int]]] = {}
         self.layers = self._traced.layers
@@ -62,6 +70,9 @@ class ArchitectureSpace:
             tuple(int(n) for n in self._traced.sizes),
             tuple(layer.kernel_size for layer in self.layers),
         )
+        narrow = self.shrink(self.teacher, [0.5] * len(self.layers))
+        found = self._factory.misfit(narrow, self._kept_units(narrow))
+        return found if found not in held else None
 
     def remove(self, arch: Architecture, keep: Sequence[bool]) -> Architecture:
         """Stage 1's transition: drop the layers whose `keep` is false.
@@ -143,7 +154,7 @@ class ArchitectureSpace:
         init = init or ("inherit" if self._calibration is None else "calibrated")
         if init not in INITS:
             raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
-        kept = self._factory.kept_channels(arch, [list(factors) for factors in self._classes(arch.keep)])
+        kept = self._factory.kept_channels(self._kept_units(arch))
         student = self._factory.build(arch, kept)
         if init == "random":
             randomize(student)
@@ -176,6 +187,9 @@ class ArchitectureSpace:
         )
         params, macs = self._traced.cost(keep, widths, kernels)
         return Architecture(keep, widths, kernels, params, macs)
+
+    def _kept_units(self, arch: Architecture) -> np.ndarray:
+        return self._factory.kept_units(arch, self._classes(arch.keep))
 
     def _check(self, arch: Architecture) -> None:
         """Raise ValueError for an architecture of another space."""

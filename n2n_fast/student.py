@@ -10,36 +10,40 @@ import torch
 from torch import Tensor, fx, nn
 
 from n2n_fast import ops
-from n2n_fast.channels import CONVS, NORMS
+from n2n_fast.channels import CONVS, NORMS, TRANSPOSED
 from n2n_fast.graph import Architecture, TracedTeacher, kernel_size
 from n2n_fast.tracing import bare_copy, shallow_copy
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of the teacher: attribute `name` of layer `layer`, cut along dimension 0 and, if set, 1."""
+    """One tensor of the teacher: attribute `name` of layer `layer`, cut along dimension 0 and, if set, 1.
+
+    rows, columns: the axes along both; the layer writes the channels of its rows, or, if `transposed`, reads them.
+    """
 
     layer: int
     name: str
     tensor: Tensor
     is_parameter: bool
-    out_axis: int
-    in_axis: int | None
+    rows: int
+    columns: int | None
+    transposed: bool
 
 
 def slots_of(traced: TracedTeacher) -> list[Slot]:
     """Every tensor that a student cuts out of the teacher, in the order of the layers."""
     slots = []
     for i, module in enumerate(traced.modules):
-        if traced.out_axis[i] < 0:
-            continue
-        width = len(traced.axes[traced.out_axis[i]])
         for tensors, is_parameter in ((module._parameters, True), (module._buffers, False)):
             for name, tensor in tensors.items():
-                if tensor is None or tensor.ndim == 0 or len(tensor) != width:
+                transposed = isinstance(module, TRANSPOSED) and name == "weight"
+                sides = [int(traced.out_axis[i]), int(traced.in_axis[i])]
+                rows, columns = reversed(sides) if transposed else sides
+                if rows < 0 or tensor is None or tensor.ndim == 0 or len(tensor) != len(traced.axes[rows]):
                     continue
-                in_axis = int(traced.in_axis[i]) if tensor.ndim > 1 and traced.dense_input[i] else None
-                slots.append(Slot(i, name, tensor.detach(), is_parameter, int(traced.out_axis[i]), in_axis))
+                across = columns if tensor.ndim > 1 and traced.dense_input[i] else None
+                slots.append(Slot(i, name, tensor.detach(), is_parameter, rows, across, transposed))
     return slots
 
 
@@ -54,15 +58,19 @@ def l1_saliency(traced: TracedTeacher) -> np.ndarray:
         if not slot.is_parameter:
             continue
         weight = slot.tensor.float() if slot.tensor.element_size() < 4 else slot.tensor
-        weight = weight.reshape(len(weight), weight.shape[1] if slot.in_axis is not None else 1, -1)
-        rows = torch.linalg.vector_norm(weight, 1, (1, 2)).double().cpu()
-        mean = rows.mean().clamp_min(1e-30)
-        np.add.at(written, traced.axes[slot.out_axis], (rows / mean).numpy())
-        if slot.in_axis is not None:
-            columns = torch.linalg.vector_norm(weight, 1, (0, 2)).double().cpu()
-            np.add.at(read, traced.axes[slot.in_axis], (columns / mean * len(columns) / len(rows)).numpy())
+        weight = weight.reshape(len(weight), 1 if slot.columns is None else weight.shape[1], -1)
+        for dim, axis in enumerate((slot.rows, slot.columns)):
+            if axis is None:
+                continue
+            total = written if (dim == 0) != slot.transposed else read
+            sums = torch.linalg.vector_norm(weight, 1, (1 - dim, 2)).double().cpu()
+            np.add.at(total, traced.axes[axis], (sums / sums.mean().clamp_min(1e-30)).numpy())
     unread = np.isin(np.arange(len(read)), np.concatenate([traced.axes[a] for a in traced.in_axis]), invert=True)
     return written * np.where(unread, 1.0, read)
+
+
+class _Misfit(Exception):
+    """A tensor is not as wide as its channels."""
 
 
 class StudentFactory:
@@ -77,7 +85,7 @@ class StudentFactory:
         for dtype in dict.fromkeys(slot.tensor.dtype for slot in slots):
             of_dtype = [slot for slot in slots if slot.tensor.dtype == dtype]
             tensors = [_as_2d_kernel(slot.tensor) for slot in of_dtype]
-            bank = ops.WeightBank(tensors, [slot.out_axis for slot in of_dtype], [slot.in_axis for slot in of_dtype])
+            bank = ops.WeightBank(tensors, [slot.rows for slot in of_dtype], [slot.columns for slot in of_dtype])
             self.banks.append((bank, of_dtype, np.array([slot.layer for slot in of_dtype])))
         cut = {(slot.layer, slot.name) for slot in slots}
         # whatever else a layer holds is copied as it is: BN's counters, the weights of opaque modules
@@ -90,7 +98,7 @@ class StudentFactory:
         self._alone = [self._by_saliency([g])[0][1] for g in range(len(traced.units))]
 
     def build(self, arch: Architecture, kept: Sequence[np.ndarray | None]) -> fx.GraphModule:
-        """The student with its weights sliced from the teacher's ("inherit"); kept: as `kept_channels` gives it."""
+        """The student with its weights sliced from the teacher's ("inherit"); kept: of `kept_channels`."""
         channels = [
             len(axis) if index is None else len(index) for axis, index in zip(self.traced.axes, kept, strict=True)
         ]
@@ -104,8 +112,8 @@ class StudentFactory:
             place[slot.name] = nn.Parameter(tensor) if slot.is_parameter else tensor
         return self._assemble(dict(zip(self.traced.names, modules, strict=True)))
 
-    def kept_channels(self, arch: Architecture, classes: Sequence[Iterable[int]]) -> list[np.ndarray | None]:
-        """For each axis the positions of the channels kept, None for all of them.
+    def kept_units(self, arch: Architecture, classes: Sequence[Iterable[int]]) -> np.ndarray:
+        """Which units are kept, (units,) bool.
 
         classes: groups that share one width in `arch`; those of equal size also keep the same channels.
         """
@@ -115,8 +123,39 @@ class StudentFactory:
             ranked = self._by_saliency(members) if len(members) > 1 else [(members[0], self._alone[members[0]])]
             for g, units in ranked:
                 keep[units[arch.widths[g] :]] = False
+        return keep
+
+    def kept_channels(self, keep: np.ndarray) -> list[np.ndarray | None]:
+        """For each axis the positions of the channels kept, None for all of them; keep: of each unit."""
         masks = [keep[axis] for axis in self.traced.axes]
         return [None if mask.all() else mask.nonzero()[0] for mask in masks]
+
+    def misfit(self, arch: Architecture, keep: np.ndarray) -> str | None:
+        """Name of the first node that fails in a student or gives another width than was foreseen; None if all fit.
+
+        Such as a view to a size written as a number: nothing else may go wrong in students.
+        """
+        student, traced = self.build(arch, self.kept_channels(keep)), self.traced
+        running: list[str] = []
+
+        class Checker(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                running.append(n.name)
+                result = super().run_node(n)
+                expected = list(traced.shapes.get(n, ()))
+                if n in traced.units_of and expected:
+                    dim, units = traced.units_of[n]
+                    expected[dim] = int(keep[units[units >= 0]].sum() + (units < 0).sum())
+                if isinstance(result, Tensor) and list(result.shape) != expected:
+                    raise _Misfit
+                return result
+
+        try:
+            with torch.no_grad():
+                Checker(student).run(traced.example)
+        except Exception:  # noqa: BLE001 - whatever it raises, this node does not fit
+            return running[-1]
+        return None
 
     def _by_saliency(self, groups: Sequence[int]) -> list[tuple[int, np.ndarray]]:
         """For each group of a class its units, those to be kept first, first."""
@@ -207,7 +246,7 @@ _Announcer = Callable[[Any, int, int, tuple[int, ...]], _Attributes]
 def _announcer(module: nn.Module) -> _Announcer | None:
     """What a layer says of its own shapes once it reads `given` channels and writes `made`; None: nothing."""
     table: tuple[tuple[tuple[type, ...], _Announcer], ...] = (
-        (CONVS, _conv_attributes),
+        ((*CONVS, *TRANSPOSED), _conv_attributes),
         ((nn.Linear,), lambda module, given, made, kernel: {"in_features": given, "out_features": made}),
         ((nn.GroupNorm,), _group_norm_attributes),
         ((nn.LayerNorm,), lambda module, given, made, kernel: {"normalized_shape": (made,)}),

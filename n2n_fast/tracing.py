@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 from n2n_fast.errors import BadInput, first_line
@@ -29,12 +31,20 @@ class ChannelScale(nn.Module):
     def __init__(self, scale: Tensor) -> None:
         """scale: the teacher's, of which all dimensions but one are 1."""
         super().__init__()
-        self.weight = nn.Parameter(scale.detach().view(-1), scale.requires_grad)
+        self.weight = nn.Parameter(scale.detach().reshape(-1), scale.requires_grad)
         self.view = tuple(-1 if size == scale.numel() else 1 for size in scale.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, ...), with the channels where the scale has them."""
         return x * self.weight.view(self.view)
+
+
+class ChannelShift(ChannelScale):
+    """x plus a number for each channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, ...), with the channels where the shift has them."""
+        return x + self.weight.view(self.view)
 
 
 class _Tracer(fx.Tracer):
@@ -43,39 +53,112 @@ class _Tracer(fx.Tracer):
     def __init__(self, leaf: Iterable[str]) -> None:
         super().__init__()
         self.leaf = frozenset(leaf)
+        self.inside: list[str] = []  # the modules being traced, the innermost last; where tracing fails they remain
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             isinstance(m, nn.LayerNorm)
+            or parametrize.is_parametrized(m)
             or module_qualified_name in self.leaf
             or super().is_leaf_module(m, module_qualified_name)
         )
 
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        self.inside.append(self.path_of_module(m))
+        result = super().call_module(m, forward, args, kwargs)
+        self.inside.pop()
+        return result
 
-def trace(teacher: nn.Module, leaf: Iterable[str] = ()) -> fx.GraphModule:
-    """The teacher as an fx graph without in-place operators, identities or sizes frozen into views.
 
-    Shares the teacher's tensors, not its modules, and leaves it untouched. Raises BadInput where fx cannot follow.
+def trace(teacher: nn.Module, example: Tensor, leaf: Iterable[str] = ()) -> fx.GraphModule:
+    """The teacher as an fx graph without in-place operators, identities or sizes frozen into views, its code not yet
+    compiled anew; of several outputs it gives the logits.
+
+    Shares the teacher's tensors, not its modules, and leaves it untouched, but for lazy modules: these are initialised
+    by the example. Raises BadInput where fx cannot follow.
     """
+    unknown = sorted(set(leaf) - {name for name, _ in teacher.named_modules()})
+    if unknown:
+        raise BadInput(f"leaf: the teacher has no submodule {unknown[0]!r}")
+    if any(isinstance(module, LazyModuleMixin) for module in teacher.modules()):
+        run(teacher, example)
+    tracer = _Tracer(leaf)
     try:
         with evaluating(teacher):
-            graph = _Tracer(leaf).trace(teacher)
+            graph = tracer.trace(teacher)
     except Exception as error:  # noqa: BLE001 - the user's own forward may raise anything
+        where = tracer.inside[-1] if tracer.inside else ""
+        advice = (
+            f"name {where!r} as `leaf`" if where else "put what branches on data in a submodule, and name it as `leaf`"
+        )
         raise BadInput(
-            f"the teacher's forward cannot be traced ({first_line(error)}, {_origin(error)}); "
-            "name the submodule that branches on data as `leaf`"
+            f"the teacher's forward cannot be traced{f' in {where!r}' if where else ''} "
+            f"({first_line(error)}, {_origin(error)}); {advice}"
         ) from None
     traced = fx.GraphModule(teacher, graph)
-    for name in {str(node.target) for node in graph.nodes if node.op == "call_module"}:
-        set_submodule(traced, name, shallow_copy(traced.get_submodule(name)))
+    with torch.no_grad(), evaluating(teacher):
+        for name in {str(node.target) for node in graph.nodes if node.op == "call_module"}:
+            set_submodule(traced, name, _plain(traced.get_submodule(name)))
+    _give_logits(traced)
     _rewrite_in_place(traced)
     _make_dropouts_modules(traced)
     _make_scales_modules(traced)
     _erase_identities(traced)
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
-    traced.recompile()
     return traced.eval()
+
+
+def unused(traced: fx.GraphModule, teacher: nn.Module) -> list[str]:
+    """The teacher's outermost submodules of which evaluation uses nothing: auxiliary heads, what is never called."""
+    used = {name for name, _ in traced.named_modules()}
+    known = tuple(f"{node.target}." for node in traced.graph.nodes if node.op == "call_module")
+    idle: list[str] = []
+    for name, module in teacher.named_modules():
+        if name not in used and not name.startswith(known) and next(module.parameters(), None) is not None:
+            idle.append(name)
+            known += (f"{name}.",)
+    return idle
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """A shallow copy in which what is computed from other tensors (weight norm, pruning masks) is a parameter."""
+    copied = shallow_copy(module)
+    computed = []
+    for hook in module._forward_pre_hooks.values():
+        name = getattr(hook, "name", getattr(hook, "_tensor_name", None))
+        if f"{name}_orig" in module._parameters or f"{name}_g" in module._parameters:
+            hook(module, ())  # in evaluation mode it computes, and changes nothing
+            computed.append(str(name))
+    if parametrize.is_parametrized(module):
+        copied.__class__ = parametrize.type_before_parametrizations(module)
+        computed += list(module.parametrizations)  # type: ignore[arg-type]
+        del copied._modules["parametrizations"]
+    for name in computed:
+        for tensors in (copied._parameters, copied._buffers):
+            for part in [part for part in tensors if part.startswith(f"{name}_")]:
+                del tensors[part]
+        copied.__dict__.pop(name, None)
+        copied._parameters[name] = nn.Parameter(getattr(module, name).detach())
+    return copied
+
+
+def logits_of(output: Any) -> Any:
+    """The logits among what a forward gives: the first of several, or the one called so."""
+    while not isinstance(output, (Tensor, fx.Node)):
+        if isinstance(output, dict):
+            named = [output[key] for key in ("logits", "out", "output") if key in output]
+            output = (named or list(output.values()) or [None])[0]
+        elif isinstance(output, (tuple, list)) and output:
+            output = output[0]
+        else:
+            raise BadInput(f"the teacher gives {type(output).__name__} where logits (N, classes) were expected")
+    return output
+
+
+def _give_logits(traced: fx.GraphModule) -> None:
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    output.args = (logits_of(output.args[0]),)
 
 
 def _origin(error: Exception) -> str:
@@ -137,10 +220,12 @@ def _make_dropouts_modules(traced: fx.GraphModule) -> None:
 
 
 def _make_scales_modules(traced: fx.GraphModule) -> None:
-    """A parameter that scales channels (ConvNeXt's layer scale) becomes a layer, whose channels can be cut."""
+    """A parameter that scales or shifts channels (ConvNeXt's layer scale) becomes a layer, which can be cut."""
+    kinds = dict.fromkeys((operator.mul, torch.mul, "mul"), ChannelScale)
+    kinds |= dict.fromkeys((operator.add, torch.add, "add"), ChannelShift)
     reads = Counter(str(node.target) for node in traced.graph.nodes if node.op == "get_attr")
     for node in list(traced.graph.nodes):
-        if node.op not in ("call_function", "call_method") or node.target not in (operator.mul, torch.mul, "mul"):
+        if node.op not in ("call_function", "call_method") or node.target not in kinds or node.kwargs:
             continue
         scales = [n for n in node.args if isinstance(n, fx.Node) and n.op == "get_attr" and len(n.users) == 1]
         others = [n for n in node.args if isinstance(n, fx.Node) and n.op != "get_attr"]
@@ -152,7 +237,7 @@ def _make_scales_modules(traced: fx.GraphModule) -> None:
         if not isinstance(scale, nn.Parameter) or scale.numel() != max(scale.shape, default=0) or scale.numel() < 2:
             continue
         layer = f"{path}.{name}_of_channels".lstrip(".")
-        traced.add_submodule(layer, ChannelScale(scale))
+        traced.add_submodule(layer, kinds[node.target](scale))
         delattr(owner, name)
         node.op, node.target, node.args, node.kwargs = "call_module", layer, (others[0],), {}
         traced.graph.erase_node(scales[0])
@@ -208,33 +293,44 @@ def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
     root.get_submodule(parent)._modules[name] = module
 
 
-class _Shapes(fx.Interpreter):
-    """Runs the graph once and notes the shape of every tensor on the way."""
+class _Values(fx.Interpreter):
+    """Runs the graph once and notes the shape of every tensor on the way, and what else comes up: numbers, sizes."""
 
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__(traced, garbage_collect_values=True)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.numbers: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.shapes[n] = tuple(result.shape)
+        elif not any(isinstance(part, Tensor) for part in (result if isinstance(result, (tuple, list)) else ())):
+            self.numbers[n] = result
         return result
 
 
-def shapes_of(traced: fx.GraphModule, teacher: nn.Module, example: Tensor) -> dict[fx.Node, tuple[int, ...]]:
-    """Shapes of all tensors for a batch of two; checks that the traced graph computes what the teacher does."""
-    example = torch.cat([example[:1], example[:1]])
-    interpreter = _Shapes(traced)
+def run(teacher: nn.Module, example: Tensor) -> Any:
+    """What the teacher gives in evaluation mode; BadInput where it does not take such images."""
     try:
         with torch.no_grad(), evaluating(teacher):
-            expected = teacher(example)
-            got = interpreter.run(example)
+            return teacher(example)
     except (RuntimeError, ValueError, TypeError) as error:
         shape = "x".join(map(str, example.shape[1:]))
         raise BadInput(f"the teacher does not accept images of {shape}: {first_line(error)}") from None
+
+
+def values_of(
+    traced: fx.GraphModule, teacher: nn.Module, example: Tensor
+) -> tuple[dict[fx.Node, tuple[int, ...]], dict[fx.Node, Any]]:
+    """Shapes of all tensors, and all numbers, for the example; checks that the graph computes what the teacher does."""
+    expected = run(teacher, example)
+    interpreter = _Values(traced)
+    with torch.no_grad():
+        got = interpreter.run(example)
+    expected = logits_of(expected)
     if isinstance(expected, Tensor) and not torch.equal(expected, got) and bool(expected.isfinite().all()):
         raise BadInput(
             "the traced teacher computes something else than the teacher: its forward depends on hidden state"
         )
-    return interpreter.shapes
+    return interpreter.shapes, interpreter.numbers

@@ -66,7 +66,7 @@ def spoil(teacher, kind, share, seed):
         spoilt, others = np.split(generator.permutation(units), [spare])
         sources = generator.choice(others, spare)
         for slot in slots_of(traced):
-            axis = traced.axes[slot.out_axis]
+            axis = traced.axes[slot.rows]
             for unit, source in zip(spoilt, sources, strict=True):
                 if kind == "copies":
                     slot.tensor[axis == unit] = slot.tensor[axis == source]
