@@ -89,7 +89,8 @@ class ChannelLabels:
     """Follows channel labels through a traced graph; see above.
 
     shapes, numbers: of the graph's nodes, for one example. held: names of nodes whose inputs are pinned, and of
-    modules that are opaque.
+    modules that are opaque. values: of each node, None where there are no channels. folded: nodes on the way through a
+    channel shuffle, their labels along dimensions 1 and 2.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class ChannelLabels:
         self._reasons: dict[str, list[str]] = {}  # what is not understood, and where
         self._pieces: dict[fx.Node, list[tuple[int, int]]] = {}  # of a chunk, those that each of the cut parts holds
         self._several: set[fx.Node] = set()  # give several tensors
-        self._folded: dict[fx.Node, np.ndarray] = {}  # labels along dimensions 1 and 2, on the way through a shuffle
+        self.folded: dict[fx.Node, np.ndarray] = {}
         for node in traced.graph.nodes:
             self.values[node] = self._visit(node)
 
@@ -279,12 +280,14 @@ class ChannelLabels:
 
     def _function(self, node: fx.Node) -> Channels | None:
         inputs = node.all_input_nodes
-        if any(n in self._folded for n in inputs):
+        if node in self.numbers or node.target in ("size", "dim", getattr):
+            return None
+        if any(n in self.folded for n in inputs):
             return self._unfold(node)
         if any(n in self._pieces for n in inputs):
             return self._piece(node)
         labelled = [n for n in inputs if self.values[n] is not None or n in self._several]
-        if not labelled or node in self.numbers or node.target in ("size", "dim", getattr):
+        if not labelled:
             return None
         if node.name in self.held:
             return self.unknown(node, f"{_name(node)} has sizes written as numbers")
@@ -452,23 +455,23 @@ class ChannelLabels:
             or not _follows(node, 2)
         ):
             return False
-        self._folded[node] = value.labels.reshape(after[1], after[2])
-        self.tie_rows(self._folded[node])
+        self.folded[node] = value.labels.reshape(after[1], after[2])
+        self.tie_rows(self.folded[node])
         return True
 
     def _unfold(self, node: fx.Node) -> Channels | None:
         """What may come between the two views of a channel shuffle, and the second of them."""
-        source = next(n for n in node.all_input_nodes if n in self._folded)
-        labels, before, after = self._folded[source], self.shapes[source], self.shapes.get(node, ())
+        source = next(n for n in node.all_input_nodes if n in self.folded)
+        labels, before, after = self.folded[source], self.shapes[source], self.shapes.get(node, ())
         if node.target in ("contiguous", "clone"):
-            self._folded[node] = labels
+            self.folded[node] = labels
             return None
         swapped = [0, 2, 1, *range(3, len(before))]
         order = list(node.args[1]) if len(node.args) == 2 and isinstance(node.args[1], Sequence) else node.args[1:]
         if (_name(node) == "transpose" and set(order) == {1, 2}) or (
             _name(node) == "permute" and list(order) == swapped
         ):
-            self._folded[node] = labels.T
+            self.folded[node] = labels.T
             return None
         if node.target in VIEWS and after == (before[0], labels.size, *before[3:]) and _follows(node, 1):
             return Channels(1, labels.flatten())

@@ -130,8 +130,8 @@ class TracedTeacher:
         self.example = example = torch.cat([example[:1], example[:1]]).to(parameter.device, parameter.dtype)
         self.module = trace(teacher, example, leaf)
         shapes, numbers = values_of(self.module, teacher, example)
-        self.shapes = shapes
         labels = ChannelLabels(self.module, shapes, numbers, {*leaf, *held})
+        self.shapes = {node: shape for node, shape in shapes.items() if node not in labels.folded}
         self.module.recompile()
         self.warnings = tuple(labels.warnings)
         if idle := unused(self.module, teacher):

@@ -3,7 +3,7 @@
 import contextlib
 import operator
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -47,6 +47,18 @@ class ChannelShift(ChannelScale):
         return x + self.weight.view(self.view)
 
 
+class _Proxy(fx.Proxy):
+    """A proxy that knows `+=` from `+`: other names of the same tensor see what the former did."""
+
+
+def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda proxy, other: proxy.tracer.create_proxy("call_function", operation, (proxy, other), {})
+
+
+for _operation in (operator.iadd, operator.isub, operator.imul, operator.itruediv):
+    setattr(_Proxy, f"__{_operation.__name__}__", _in_place(_operation))
+
+
 class _Tracer(fx.Tracer):
     """fx's tracer, with the modules named in `leaf` treated as opaque layers, and norms of any kind as layers."""
 
@@ -55,9 +67,12 @@ class _Tracer(fx.Tracer):
         self.leaf = frozenset(leaf)
         self.inside: list[str] = []  # the modules being traced, the innermost last; where tracing fails they remain
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
-            isinstance(m, nn.LayerNorm)
+            isinstance(m, (nn.LayerNorm, ChannelScale))
             or parametrize.is_parametrized(m)
             or module_qualified_name in self.leaf
             or super().is_leaf_module(m, module_qualified_name)

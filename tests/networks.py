@@ -245,7 +245,8 @@ def settle(net: nn.Module, seed: int = 0) -> nn.Module:
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor, low in ((module.weight, 0.5), (module.bias, -0.5), (module.running_mean, -0.5)):
-                tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + low)
+                if tensor is not None:
+                    tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + low)
             module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
     return net.eval()
 

@@ -256,9 +256,14 @@ def test_an_architecture_with_impossible_sizes_is_refused(change: dict[str, Any]
 
 
 def test_an_untraceable_forward_is_refused_by_file_and_line() -> None:
-    with pytest.raises(BadInput, match=r"networks\.py:\d+") as caught:
+    with pytest.raises(BadInput, match=r"networks\.py:\d+.*name 'branch' as a leaf") as caught:
         ArchitectureSpace(Branching(), images())
     assert "\n" not in str(caught.value)
+
+
+def test_a_leaf_that_is_not_there_is_refused() -> None:
+    with pytest.raises(BadInput, match="no submodule 'brunch'"):
+        ArchitectureSpace(Branching(), images(), leaf=["brunch"])
 
 
 def test_an_untraceable_submodule_can_be_a_leaf() -> None:
