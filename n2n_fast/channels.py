@@ -290,7 +290,9 @@ class ChannelLabels:
         if not labelled:
             return None
         if node.name in self.held:
-            return self.unknown(node, f"{_name(node)} has sizes written as numbers")
+            for source in self._sizes_from(node):
+                self.pins.append(source.labels)
+            return self.unknown(node, f"{_name(node)} has sizes of its own")
         value = self.values[labelled[0]]
         if node.target in POINTWISE and len(inputs) == 1 and value is not None:
             return value
@@ -307,6 +309,17 @@ class ChannelLabels:
             return None
         result = self._flatten(node) or self._tried(node)
         return result if result is not None or self._reduces(node) else self.unknown(node)
+
+    def _sizes_from(self, node: fx.Node) -> list[Channels]:
+        """The channels of tensors whose sizes this node uses."""
+        found, waiting = [], [n for n in node.all_input_nodes if n in self.numbers]
+        while waiting:
+            for n in waiting.pop().all_input_nodes:
+                if n in self.numbers:
+                    waiting.append(n)
+                elif (value := self.values[n]) is not None:
+                    found.append(value)
+        return found
 
     def _elementwise(self, node: fx.Node) -> Channels | None:
         """Broadcasting: channels that meet are tied; a single channel spreads over the other operand's."""
@@ -574,7 +587,7 @@ class ChannelLabels:
             self.tie_rows(value.labels.reshape(-1, columns))
         for m in members:
             self.tie(value.labels[m[:-1]], value.labels[m[1:]])
-        if node.target in VIEWS:
+        if node.target in VIEWS and self.shapes[node][0] == self.shapes[node.all_input_nodes[0]][0]:
             _free_size(node, dim)
         return Channels(dim, value.labels[[m[0] for m in members]])
 
@@ -624,10 +637,10 @@ def _separate(function: Callable[[Tensor], Any], shape: Sequence[int], dim: int)
 
 
 def _free_size(node: fx.Node, dim: int) -> None:
-    """Let a view's size along `dim` follow from the others, if it is written as a number."""
+    """Let a view's size along `dim` follow from the others, if that can be written."""
     spread = not (len(node.args) == 2 and isinstance(node.args[1], Sequence))
-    sizes: list[Any] = list(node.args[1:]) if spread else list(node.args[1])  # type: ignore[arg-type]
-    if dim >= len(sizes) or not isinstance(sizes[dim], int) or sizes[dim] == -1:
+    sizes: list[Any] = list(node.args[1:] if spread else node.args[1])  # type: ignore[arg-type]
+    if dim >= len(sizes) or sizes[dim] == -1:
         return
     if sizes[0] == -1:
         source = node.args[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from n2n_fast.calibration import Calibration
-from n2n_fast.errors import DegenerateArchitecture
+from n2n_fast.errors import BadInput, DegenerateArchitecture
 from n2n_fast.graph import KINDS, Architecture, Layer, TracedTeacher, crop, smallest_kernel
 from n2n_fast.student import StudentFactory, l1_saliency, randomize
 
@@ -49,6 +49,8 @@ class ArchitectureSpace:
         self._factory: StudentFactory
         held: set[str] = set()
         while misfit := self._trace(teacher, example_input, leaf, held):
+            if misfit in held:
+                raise BadInput(f"the teacher cannot be narrowed at {misfit!r} of its graph; name the module as `leaf`")
             held.add(misfit)
         self._calibration: Calibration | None = None
         if calibration is not None:
@@ -70,9 +72,12 @@ class ArchitectureSpace:
             tuple(int(n) for n in self._traced.sizes),
             tuple(layer.kernel_size for layer in self.layers),
         )
-        narrow = self.shrink(self.teacher, [0.5] * len(self.layers))
-        found = self._factory.misfit(narrow, self._kept_units(narrow))
-        return found if found not in held else None
+        rng = np.random.default_rng(0)  # equal ratios would hide groups that ought to be one
+        for least in (0.05, 0.5):
+            narrow = self.shrink(self.teacher, rng.uniform(least, 1, len(self.layers)).tolist())
+            if found := self._factory.misfit(narrow, self._kept_units(narrow)):
+                return found
+        return None
 
     def remove(self, arch: Architecture, keep: Sequence[bool]) -> Architecture:
         """Stage 1's transition: drop the layers whose `keep` is false.

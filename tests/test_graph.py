@@ -256,7 +256,7 @@ def test_an_architecture_with_impossible_sizes_is_refused(change: dict[str, Any]
 
 
 def test_an_untraceable_forward_is_refused_by_file_and_line() -> None:
-    with pytest.raises(BadInput, match=r"networks\.py:\d+.*name 'branch' as a leaf") as caught:
+    with pytest.raises(BadInput, match=r"networks\.py:\d+.*name 'branch' as `leaf`") as caught:
         ArchitectureSpace(Branching(), images())
     assert "\n" not in str(caught.value)
 
