@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from n2n_fast import ops
-from n2n_fast.channels import BATCH_NORMS
+from n2n_fast.channels import BATCH_NORMS, CONVS
 from n2n_fast.errors import BadInput, DegenerateArchitecture
 from n2n_fast.graph import Architecture, TracedTeacher
 
@@ -60,17 +60,19 @@ class Calibration:
     the widths and not by the image size.
     saliency: of each unit, (units,); the highest are kept. by_activations: keep those instead that the pivoted
     factorisation takes first, and let `saliency` decide between equals.
-    fitted: the layers whose weights can be fitted: convolutions of one group and linear layers that are called once;
-    others are sliced.
+    fitted: the layers whose weights can be fitted: convolutions of one group and linear layers that are called once.
+    grouped: convolutions of several groups, of which the student's own activations fit each by itself. Others are
+    sliced.
     """
 
     def __init__(self, traced: TracedTeacher, images: Tensor, saliency: np.ndarray, by_activations: bool) -> None:
         self.traced, self.images = traced, images
         self.fitted = {name: i for i, name in enumerate(traced.names) if traced.fittable[i]}
+        self.grouped = {name: i for i, name in enumerate(traced.names) if traced.groupwise[i]}
         self._generator = torch.Generator().manual_seed(0)
         self._places: dict[int, Tensor] = {}
         self.samples: dict[int, Tensor] = self._run_teacher()
-        self.moments = {i: _moments(x) for i, x in self.samples.items()}
+        self.moments = {i: _moments(self.samples[i]) for i in self.fitted.values()}
         for i, moments in self.moments.items():
             if not moments.covariance.isfinite().all():
                 raise BadInput(
@@ -86,8 +88,8 @@ class Calibration:
 
         class Recorder(fx.Interpreter):
             def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-                if target in calibration.fitted:
-                    i = calibration.fitted[target]
+                i = calibration.fitted.get(target, calibration.grouped.get(target))
+                if i is not None:
                     found = calibration.sample(i, args[0], first)
                     per_image = calibration._places[i].shape[1]
                     if i not in samples:
@@ -191,6 +193,8 @@ class Calibration:
                 i = calibration.fitted.get(target)
                 if i in weights:
                     calibration._fit_to(module, i, args[0], weights[i], arch, kept)
+                if target in calibration.grouped and isinstance(module, CONVS):
+                    calibration._fit_groups(module, calibration.grouped[target], args[0], kept)
                 if isinstance(module, BATCH_NORMS) and module.track_running_stats:
                     _estimate(module, args[0])
                 return super().call_module(target, args, kwargs)
@@ -210,6 +214,26 @@ class Calibration:
         _set_weight(module, weight, bridge)
         if module.bias is not None:
             module.bias.data.add_(_of_constant(weight, means[1] - bridge @ means[0]))
+
+    def _fit_groups(self, module: Any, i: int, x: Tensor, kept: Sequence[np.ndarray | None]) -> None:
+        """Fit each convolution group of layer i to what of its input x in the student the same group reads."""
+        given = self.sample(i, x, 0)
+        channels = kept[self.traced.in_axis[i]]
+        wanted = self.samples[i][: len(given)]
+        wanted = wanted if channels is None else wanted[:, torch.from_numpy(channels).to(wanted.device)]
+        means = given.mean(0), wanted.mean(0)
+        weight = module.weight.data
+        width = weight.shape[1]
+        y, h = ((s - mean).double().view(len(given), -1, width) for s, mean in zip((given, wanted), means, strict=True))
+        second, cross = (torch.einsum("pgi,pgj->gij", a, y) / len(y) for a in (y, h))
+        ridge = PRIOR * second.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp_min(1e-30)
+        ridge = ridge * torch.eye(width, dtype=second.dtype, device=second.device)
+        bridge = torch.linalg.solve(second + ridge, cross + ridge, left=False).to(weight.dtype)
+        of_group = weight.view(len(bridge), -1, width, weight[0, 0].numel())
+        if module.bias is not None:
+            rest = means[1].view(-1, width, 1) - bridge @ means[0].view(-1, width, 1)
+            module.bias.data.add_((of_group.sum(3) @ rest).flatten())
+        weight.copy_(torch.einsum("gonk,gnm->gomk", of_group, bridge).reshape(weight.shape))
 
     def _has_intercept(self, i: int, keep: Sequence[bool] | None = None) -> bool:
         """Whether a constant that the layer adds is taken up, by its bias or by the norm that follows."""

@@ -4,7 +4,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,6 +95,8 @@ teacher_options = _options(
     click.option("--teacher", "teacher_file", type=click.Path(path_type=Path), help="File with the state dict."),
     click.option("--arch", metavar="NAME", help="torchvision name or package.module:factory; default: inferred."),
     click.option("--allow-pickle", is_flag=True, help="Read a pickled module; runs code from the file."),
+    click.option("--leaf", multiple=True, metavar="MODULE", help="Treat a submodule as one opaque layer; repeatable."),
+    click.option("--round-to", type=click.IntRange(min=1), metavar="N", help="Shrink to multiples of N channels."),
 )  # fmt: skip
 common_options = _options(
     click.option("--seed", default=0, show_default=True, type=int),
@@ -162,7 +163,8 @@ def run(
     with _Bar() as bar:
         result = compress(model, images, config, out or _free_directory(), bar)
     click.echo("\n" + report.result_table(result.table))
-    click.echo(f"\n{result.out}: student.pt2, student.pt, result.json; {time.perf_counter() - start:.0f} s")
+    written = ", ".join(n for n in ("student.pt2", "student.pt", "result.json") if (result.out / n).exists())
+    click.echo(f"\n{result.out}: {written}; {time.perf_counter() - start:.0f} s")
     if not result.feasible:
         click.echo("no student met the constraints; the nearest was saved", err=True)
         return INFEASIBLE
@@ -221,7 +223,15 @@ def teach(
 @teacher_options
 @click.option("--image-size", default=224, show_default=True, type=click.IntRange(min=1), metavar="PX")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def inspect(teacher_file: Path | None, arch: str | None, allow_pickle: bool, image_size: int, as_json: bool) -> None:
+def inspect(
+    teacher_file: Path | None,
+    arch: str | None,
+    allow_pickle: bool,
+    leaf: tuple[str, ...],
+    round_to: int | None,
+    image_size: int,
+    as_json: bool,
+) -> None:
     """Show a teacher's layers as the policies see them: what may be removed or shrunk, and why not.
 
     Takes a state dict by --teacher, or an architecture by --arch alone. Example:
@@ -234,23 +244,13 @@ def inspect(teacher_file: Path | None, arch: str | None, allow_pickle: bool, ima
     else:
         raise BadInput("nothing to inspect: give --teacher FILE or --arch NAME")
     channels = teacher.input_channels(model) or 3
-    space = ArchitectureSpace(model, torch.zeros(1, channels, image_size, image_size))
-    smallest = space.shrink(space.teacher, [0.1] * len(space.layers), [0.1] * len(space.layers))
+    example = torch.zeros(1, channels, image_size, image_size)
+    space = ArchitectureSpace(model, example, leaf=leaf, round_to=round_to or 1)
     if as_json:
-        content = {
-            "params": space.teacher.params,
-            "macs": space.teacher.macs,
-            "smallest_params": smallest.params,
-            "layers": [asdict(layer) for layer in space.layers],
-            "warnings": list(space.warnings),
-        }
-        click.echo(json.dumps(content, indent=2))
+        click.echo(json.dumps(report.space_summary(space), indent=2))
         return
     click.echo(report.layer_table(space))
-    click.echo(
-        f"\n{space.teacher.params:,} params, {space.teacher.macs:,} MACs; "
-        f"with every ratio at 0.1 {space.teacher.params / smallest.params:.0f} times fewer params"
-    )
+    click.echo(f"\n{report.reach(space)}")
     for warning in space.warnings:
         click.echo(f"warning: {warning}")
 

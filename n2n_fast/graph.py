@@ -43,7 +43,9 @@ class Layer:
     name: the module's path in the teacher. kernel_size, stride, padding: one int per spatial dimension, () without.
     out_channels: width of its output. skip_start, skip_end: layers since the innermost enclosing branch began and
     until it ends, 0 outside. removable: stage 1 may remove it. shrinkable: stage 2 may choose its channels or kernel.
-    note: why it is not removable, empty if it is.
+    note: why it is not removable, empty if it is. width_note: why it does not choose its channels, empty if it does.
+    fit_note: why its weights are sliced and not fitted to activations, empty if they are or it has none. groups: the
+    channel groups of its output; what shares a group shares its width.
     """
 
     name: str
@@ -57,6 +59,9 @@ class Layer:
     removable: bool
     shrinkable: bool
     note: str = ""
+    width_note: str = ""
+    fit_note: str = ""
+    groups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,8 +154,8 @@ class TracedTeacher:
         for node in self.module.graph.nodes:
             if node.op == "call_module":
                 calls[str(node.target)].append(node)
-        self.layers = self._layers(labels, shapes, calls)
         self._neighbours(labels, shapes, calls)
+        self.layers = self._layers(labels, shapes, calls)
 
     def _units(self, labels: ChannelLabels) -> None:
         """Number the units and gather them in groups; express every layer's axes in units."""
@@ -252,11 +257,13 @@ class TracedTeacher:
         index = {name: i for i, name in enumerate(self.names)}
         self.largest_activation = max(math.prod(shape) // 2 for shape in shapes.values())
         self.repeats = [layer.repeat for layer in labels.layers.values()]
-        self.fittable, self.norm_after = [], []
+        self.fittable, self.groupwise, self.norm_after = [], [], []
         for i, name in enumerate(self.names):
             call = calls[name][0]
             transposed = isinstance(self.modules[i], TRANSPOSED)
-            self.fittable.append(bool(self.dense_input[i]) and len(calls[name]) == 1 and not transposed)
+            once = len(calls[name]) == 1 and not transposed
+            self.fittable.append(once and bool(self.dense_input[i]))
+            self.groupwise.append(once and getattr(self.modules[i], "groups", 1) > 1)
             users = [str(user.target) for user in call.users if user.op == "call_module"]
             norms = [index[user] for user in users if isinstance(self.modules[index[user]], BATCH_NORMS)]
             self.norm_after.append(norms[0] if norms and len(call.users) == 1 else None)
@@ -286,6 +293,9 @@ class TracedTeacher:
                     removable=not note,
                     shrinkable=i in deciders or smallest_kernel(module) != kernel,
                     note=note,
+                    width_note="" if i in deciders else self._why_decided(i),
+                    fit_note=self._why_sliced(i, len(calls[name])),
+                    groups=() if self.out_axis[i] < 0 else tuple(_runs(self.group_of[self.axes[self.out_axis[i]]])),
                 )
             )
         return tuple(layers)
@@ -311,6 +321,22 @@ class TracedTeacher:
         if self.relations(i) is None:
             return "its input and output channels cannot meet"
         return ""
+
+    def _why_decided(self, i: int) -> str:
+        """Why stage 2 does not choose the width of layer i's output here."""
+        if self.out_axis[i] < 0:
+            return "held at full width" if self.opaque[i] else "follows its input"
+        groups = np.flatnonzero(self.occurrences[self.out_axis[i]])
+        if self.pinned[groups].all():
+            return "as many as classes" if self.output[groups].all() else "held at full width"
+        first = next((self.writers[g][0] for g in groups if self.writers[g] and not self.pinned[g]), i)
+        return f"decided by {self.names[first]}" if isinstance(self.modules[i], WEIGHTED) else "follows its input"
+
+    def _why_sliced(self, i: int, calls: int) -> str:
+        """Why layer i's weights cannot be fitted to activations."""
+        if not isinstance(self.modules[i], WEIGHTED) or self.fittable[i] or self.groupwise[i]:
+            return ""
+        return f"called {calls} times" if calls > 1 else "transposed"
 
     def relations(self, i: int) -> list[tuple[int, int, int, int]] | None:
         """What removing layer i asks of the widths: (g, m, h, n) means m·width[g] = n·width[h]. None: impossible."""

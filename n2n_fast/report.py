@@ -1,7 +1,9 @@
 """Tables of what a search gave."""
 
+from dataclasses import asdict
 from typing import Any
 
+from n2n_fast.graph import Architecture
 from n2n_fast.space import ArchitectureSpace
 
 
@@ -24,14 +26,71 @@ def result_table(table: dict[str, Any]) -> str:
 def layer_table(space: ArchitectureSpace) -> str:
     """The layers as the policies see them, aligned text."""
     rows: list[tuple[str, ...]] = [
-        ("layer", "kind", "k", "s", "p", "n", "skip", "removable", "shrinkable"),
+        ("layer", "kind", "k", "s", "p", "n", "skip", "group", "removable", "width", "kernel", "weights"),
     ]
-    for layer in space.layers:
+    channels, kernels = space.choices(space.teacher)
+    for layer, chooses, crops in zip(space.layers, channels, kernels, strict=True):
         sizes = ("x".join(map(str, size)) for size in (layer.kernel_size, layer.stride, layer.padding))
         skip = f"{layer.skip_start}/{layer.skip_end}" if layer.skip_start else ""
+        groups = "+".join(map(str, layer.groups[:3])) + ("+..." if len(layer.groups) > 3 else "")
         removable = "yes" if layer.removable else f"no: {layer.note}"
-        rows.append((layer.name, layer.kind, *sizes, str(layer.out_channels), skip, removable, _yes(layer.shrinkable)))
-    return _aligned(rows, left=(0, 1, 7))
+        width = "chosen" if chooses else layer.width_note or "too narrow to shrink"
+        fit = f"sliced: {layer.fit_note}" if layer.fit_note else ""
+        rows.append(
+            (layer.name, layer.kind, *sizes, str(layer.out_channels), skip, groups, removable, width, _yes(crops), fit)
+        )
+    return _aligned(rows, left=(0, 1, 8, 9, 11))
+
+
+def space_summary(space: ArchitectureSpace) -> dict[str, Any]:
+    """The same, and what can be reached, for programs; "smallest": every ratio 0.1, nothing removed."""
+    channels, kernels = space.choices(space.teacher)
+    smallest = _at(space, 0.1, 0.1)
+    layers = [
+        {**asdict(layer), "chooses_width": width, "chooses_kernel": kernel}
+        for layer, width, kernel in zip(space.layers, channels, kernels, strict=True)
+    ]
+    return {
+        "params": space.teacher.params,
+        "macs": space.teacher.macs,
+        "smallest_params": smallest.params,
+        "smallest_macs": smallest.macs,
+        "compression": space.teacher.params / smallest.params,
+        "round_to": space.round_to,
+        "rounding_costs": _rounding(space) if space.round_to > 1 else {},
+        "features": space.features().tolist(),
+        "layers": layers,
+        "warnings": list(space.warnings),
+    }
+
+
+def reach(space: ArchitectureSpace) -> str:
+    """What the smallest student saves, and what rounding costs."""
+    smallest = _at(space, 0.1, 0.1)
+    text = (
+        f"{space.teacher.params:,} params, {space.teacher.macs:,} MACs; with every ratio at 0.1 "
+        f"{_times(space.teacher.params, smallest.params)} times fewer params, "
+        f"{_times(space.teacher.macs, smallest.macs)} times fewer MACs"
+    )
+    if space.round_to > 1:
+        costs = (f"at ratio {ratio}: {cost:+.1%} params" for ratio, cost in _rounding(space).items())
+        text += f"\nwidths in multiples of {space.round_to} cost, {', '.join(costs)}"
+    return text
+
+
+def _rounding(space: ArchitectureSpace) -> dict[str, float]:
+    """How many more params a student has by rounding, as a share, at some ratios."""
+    exact = space.unrounded()
+    return {str(r): _at(space, r).params / _at(exact, r).params - 1 for r in (0.1, 0.25, 0.5, 0.75)}
+
+
+def _at(space: ArchitectureSpace, ratio: float, kernel: float = 1.0) -> Architecture:
+    count = len(space.layers)
+    return space.shrink(space.teacher, [ratio] * count, [kernel] * count)
+
+
+def _times(a: int, b: int) -> str:
+    return f"{a / max(1, b):.{0 if a > 10 * b else 1}f}"
 
 
 def _percent(value: float | None) -> str:

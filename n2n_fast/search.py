@@ -24,6 +24,7 @@ from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy
 from n2n_fast.reward import DEGENERATE, Constraints, reward
 from n2n_fast.space import INITS, SALIENCIES, ArchitectureSpace
 from n2n_fast.student import independent_copy
+from n2n_fast.tracing import run
 
 STAGES = {"both": ("removal", "shrinkage"), "removal": ("removal",), "shrinkage": ("shrinkage",)}
 
@@ -43,6 +44,8 @@ class SearchConfig:
     learning_rate: float = 0.01  # peak, for a rollout's student: fitted weights of a wide net want small steps
     final_learning_rate: float = 0.05  # peak, for the best student of each stage
     kd_weight: float = 0.1  # λ in L = L_hard + λ L_KD
+    round_to: int = 1  # shrunk widths are multiples of this many channels
+    leaf: tuple[str, ...] = ()  # submodules of the teacher that are each one opaque layer
     ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of stage 2, ending with 1
     keep_probability: float = 0.8  # of stage 1's untrained policy
     hidden: int = 30  # units of each LSTM layer
@@ -61,7 +64,10 @@ class SearchConfig:
             "stages": (self.stages in STAGES, f"one of {', '.join(STAGES)}"),
             "init": (self.init in INITS, f"one of {', '.join(INITS)}"),
             "saliency": (self.saliency in (None, *SALIENCIES), f"one of {', '.join(SALIENCIES)}"),
-            **{name: (getattr(self, name) >= 1, "at least 1") for name in ("updates", "rollouts", "batch_size")},
+            **{
+                name: (getattr(self, name) >= 1, "at least 1")
+                for name in ("updates", "rollouts", "batch_size", "round_to")
+            },
             **{name: (0 <= getattr(self, name) < math.inf, "at least 0") for name in ("epochs", "final_epochs")},
             **{n: (0 < getattr(self, n) < math.inf, "above 0") for n in ("learning_rate", "final_learning_rate")},
             "kd_weight": (0 <= self.kd_weight < math.inf, "at least 0"),
@@ -182,9 +188,11 @@ class _Search:
         self.constraints = Constraints(config.max_params, config.min_accuracy)
         self.device = data.train.images.device
         self.calibration = self._calibration_images()
-        teacher = copy.deepcopy(teacher).eval().to(self.device)
+        teacher = copy.deepcopy(teacher).eval().to(self.device, torch.float32)
         self.out = _claim(out)
         space = self._space(teacher)
+        if not isinstance(run(teacher, self.calibration[:2]), Tensor):
+            teacher = space.build(space.teacher, "inherit")  # of several outputs it gives the logits
         self.teacher = _Reference(
             module=teacher,
             params=space.teacher.params,
@@ -212,7 +220,10 @@ class _Search:
     def _space(self, teacher: nn.Module) -> ArchitectureSpace:
         looks = self.config.init in ("reconstructed", "calibrated") or self.config.saliency == "activations"
         images = self.calibration if looks else None
-        return ArchitectureSpace(teacher, self.calibration[:2], images, saliency=self.config.saliency)
+        config = self.config
+        return ArchitectureSpace(
+            teacher, self.calibration[:2], images, saliency=config.saliency, leaf=config.leaf, round_to=config.round_to
+        )
 
     # One stage
 
@@ -371,8 +382,14 @@ class _Search:
         ]
         _write_json(self.out / "architecture.json", architectures)
         torch.save(student.state_dict(), self.out / "student.pt")
-        _export(student, self.calibration[:2], self.out / "student.pt2")
         _write_json(self.out / "result.json", table)
+        try:
+            _export(student, self.calibration[:2], self.out / "student.pt2")
+        except Exception as error:  # noqa: BLE001 - what a leaf's own code raises; nothing else may be lost by it
+            self.progress.message(
+                f"warning: student.pt2 was not written, torch.export does not take the student ({first_line(error)}); "
+                "its weights are in student.pt"
+            )
         return Result(student, table, violation == 0, self.out)
 
     def _measure(self, model: nn.Module, arch: Architecture) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """ArchitectureSpace: the states and transitions of the search, and the students they stand for (sections 3.1, 3.2)."""
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -25,6 +26,7 @@ class ArchitectureSpace:
     saliency: which channels a student keeps: "activations", those that tell most of all others on the calibration
     images, the default where there are such; or "l1", those of the largest weights.
     leaf: paths of submodules to be treated as one opaque layer each.
+    round_to: shrunk widths are multiples of this many channels, where they are not the teacher's own.
     Raises BadInput if the teacher cannot be traced or does not accept the images.
     """
 
@@ -40,7 +42,11 @@ class ArchitectureSpace:
         *,
         saliency: str | None = None,
         leaf: Iterable[str] = (),
+        round_to: int = 1,
     ) -> None:
+        if round_to < 1:
+            raise ValueError(f"round_to: expected at least 1, got {round_to}")
+        self.round_to = round_to
         saliency = saliency or ("l1" if calibration is None else "activations")
         if saliency not in SALIENCIES:
             raise ValueError(f"saliency: expected one of {', '.join(SALIENCIES)}, got {saliency!r}")
@@ -123,7 +129,7 @@ class ArchitectureSpace:
             decider = self._decider(factors, arch.keep)
             if decider is not None:
                 g, factor = next(iter(factors.items()))
-                unit = max(1, round(arch.widths[g] // factor * channels[decider]))
+                unit = self._rounded(arch.widths[g] // factor, channels[decider], self._step(factors, decider))
                 for g, factor in factors.items():
                     widths[g] = unit * factor
         if kernels is not None:
@@ -136,11 +142,13 @@ class ArchitectureSpace:
     def choices(self, arch: Architecture) -> tuple[list[bool], list[bool]]:
         """Which layers' channel ratios and which layers' kernel ratios change anything in `shrink`."""
         self._check(arch)
-        deciders = {
-            self._decider(factors, arch.keep)
-            for factors in self._classes(arch.keep)
-            if all(arch.widths[g] > factor for g, factor in factors.items())  # a single unit cannot shrink
-        }
+        deciders = set()
+        for factors in self._classes(arch.keep):
+            decider = self._decider(factors, arch.keep)
+            if decider is not None:
+                step = self._step(factors, decider)
+                if all(arch.widths[g] > factor * step for g, factor in factors.items()):  # a single step cannot shrink
+                    deciders.add(decider)
         kernels = [
             kept and size != smallest
             for kept, size, smallest in zip(arch.keep, arch.kernels, self._smallest, strict=True)
@@ -171,6 +179,12 @@ class ArchitectureSpace:
             fit = self._calibration.fit if whole else self._calibration.reconstruct
             fit(student, arch, kept)
         return student
+
+    def unrounded(self) -> "ArchitectureSpace":
+        """The same space with widths of any number of channels; shares everything else."""
+        space = copy.copy(self)
+        space.round_to = 1
+        return space
 
     def features(self) -> Tensor:
         """x_t of every layer, (layers, features) float32: kind as one-hot, sizes on a logarithmic scale."""
@@ -207,6 +221,19 @@ class ArchitectureSpace:
     def _check_length(self, name: str, values: Sequence[object]) -> None:
         if len(values) != len(self.layers):
             raise ValueError(f"{name}: expected {len(self.layers)} entries, one per layer, got {len(values)}")
+
+    def _step(self, factors: dict[int, int], decider: int) -> int:
+        """Of how many of a class's smallest numbers its widths are multiples, so that channels are of `round_to`."""
+        channels = self._traced.occurrences[self._traced.out_axis[decider]]
+        of_one = sum(int(channels[g]) * factor for g, factor in factors.items())
+        return self.round_to // math.gcd(self.round_to, of_one)
+
+    @staticmethod
+    def _rounded(width: int, ratio: float, step: int) -> int:
+        """The multiple of `step` next to width · ratio, at least one, not above `width`, which itself may be kept."""
+        if ratio == 1 or width < step:
+            return width
+        return min(max(1, round(width * ratio / step)), width // step) * step
 
     def _decider(self, factors: dict[int, int], keep: Sequence[bool]) -> int | None:
         """The first kept layer that writes a group of the class; None if the class cannot shrink."""

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from n2n_fast.data import Batches, ImageData
 from n2n_fast.distill import Diverged, Progress, fit, seeded
 from n2n_fast.errors import BadInput, first_line
+from n2n_fast.tracing import logits_of
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "teacher")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "net.")
@@ -199,7 +200,7 @@ def _try_forward(model: nn.Module, images: Tensor, name: str) -> Tensor:
     """The logits of images (n, C, H, W) in eval mode, or BadInput where the network cannot take their size."""
     training = model.training
     try:
-        logits = model.eval()(images)
+        output = model.eval()(images)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         height, width = images.shape[2:]
         raise BadInput(
@@ -207,8 +208,8 @@ def _try_forward(model: nn.Module, images: Tensor, name: str) -> Tensor:
         ) from error
     finally:
         model.train(training)
-    if not isinstance(logits, Tensor):
-        raise BadInput(f"{name} gives a {type(logits).__name__}; expected a tensor of logits (N, classes)")
+    logits = logits_of(output)
+    assert isinstance(logits, Tensor)
     return logits
 
 

@@ -15,6 +15,7 @@ from n2n_fast.errors import BadInput
 from n2n_fast.graph import TracedTeacher
 from n2n_fast.space import ArchitectureSpace
 from n2n_fast.student import slots_of
+from written import Written
 
 INITS = ("calibrated", "reconstructed")
 
@@ -252,3 +253,34 @@ def test_activations_that_are_not_finite_are_named():
         teacher[1].weight[0] = float("inf")
     with pytest.raises(BadInput, match="the input of the teacher's layer 3 is not finite"):
         ArchitectureSpace(teacher, images(2), images())
+
+
+@pytest.mark.parametrize("groups", [4, 8])
+def test_grouped_convolutions_take_up_removed_maps_of_their_groups(groups):
+    def between(net, x):
+        return net.last(net.grouped(net.first(x)))
+
+    net = networks.settle(
+        Written(
+            between,
+            first=torch.nn.Conv2d(8, 8, 1, groups=groups, bias=False),  # a constant ends at the padding
+            grouped=torch.nn.Conv2d(8, 16, 3, padding=1, groups=groups),
+            last=torch.nn.Conv2d(16, 8, 1),
+        )
+    )
+    images = networks.images(count=128)
+    space = ArchitectureSpace(net, images, images)
+    arch = space.remove(space.teacher, [layer.name != "first" for layer in space.layers])
+    assert not arch.keep[1]
+    with torch.no_grad():
+        layers = ("stem", "grouped")
+        wanted = torch.nn.Sequential(net.stem, net.first, net.grouped)(images)
+        sliced, fitted = (
+            torch.nn.Sequential(*(space.build(arch, init).get_submodule(name) for name in layers))(images)
+            for init in ("inherit", "reconstructed")
+        )
+    assert relative(fitted, wanted) < min(0.05, 0.1 * relative(sliced, wanted))
+
+
+def relative(got, wanted):
+    return float((got - wanted).norm() / wanted.norm())

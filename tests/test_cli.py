@@ -83,6 +83,38 @@ def test_inspect(invoke):
     assert code == 0
     assert content["params"] == 11_689_512
     assert content["layers"][0]["note"] == "first layer"
+    assert content["compression"] == content["params"] / content["smallest_params"] > 90
+    layers = {layer["name"]: layer for layer in content["layers"]}
+    assert layers["layer1.0.conv2"]["width_note"] == "decided by conv1"
+    assert layers["layer1.0.conv2"]["groups"] == layers["conv1"]["groups"]
+    assert layers["layer1.0.bn2"]["width_note"] == "follows its input"
+    assert layers["layer1.0.conv1"]["chooses_width"]
+    assert layers["fc"]["width_note"] == "as many as classes"
+    assert len(content["features"]) == len(layers)
+
+
+def test_inspect_tells_what_rounding_costs(invoke):
+    command = ("inspect", "--arch", "resnet18", "--image-size", "32", "--round-to", "24")
+    code, out, err = invoke(*command)
+    assert code == 0, err
+    assert "widths in multiples of 24 cost, at ratio 0.1: +" in out
+    exact, rounded = (json.loads(invoke(*arguments, "--json")[1]) for arguments in (command[:5], command))
+    assert exact["rounding_costs"] == {}
+    assert rounded["rounding_costs"]["0.1"] == pytest.approx(
+        rounded["smallest_params"] / exact["smallest_params"] - 1, abs=0.2
+    )
+    assert rounded["smallest_params"] > exact["smallest_params"]
+
+
+def test_inspect_takes_submodules_as_leaves(invoke):
+    code, out, err = invoke("inspect", "--arch", "resnet18", "--image-size", "32", "--leaf", "layer4.1")
+    assert code == 0, err
+    assert "layer4.1.conv1" not in out
+    assert "BasicBlock is not understood (layer4.1)" in out
+    assert "sliced" not in out
+    code, _, err = invoke("inspect", "--arch", "resnet18", "--leaf", "layer9")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "layer9" in err
 
 
 def save_state(path, **changed):

@@ -1,5 +1,6 @@
 """The search as a whole, on a teacher and a data set of seconds."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -209,3 +210,45 @@ def test_no_run_to_load(tmp_path):
     (tmp_path / "student.pt2").write_text("nothing")
     with pytest.raises(BadInput, match="not a student, or a truncated one"):
         load_student(tmp_path)
+
+
+class Told(search.SearchProgress):
+    def __init__(self):
+        self.messages = []
+
+    def message(self, text):
+        self.messages.append(text)
+
+
+class TwoHeads(torch.nn.Module):
+    """A teacher in half precision that also gives its features, in a submodule that cannot be traced."""
+
+    class Careful(torch.nn.Module):
+        def forward(self, x):
+            return x if bool(x.isfinite().all()) else x.nan_to_num()
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher, self.careful = teacher, self.Careful()
+
+    def forward(self, x):
+        logits = self.teacher(x)
+        return {"features": x, "logits": self.careful(logits)}
+
+
+def test_a_teacher_in_half_precision_with_two_outputs_and_a_leaf(teacher, data, tmp_path):
+    unusual = TwoHeads(copy.deepcopy(teacher)).half()
+    with pytest.raises(BadInput, match="'careful' as `leaf`"):
+        compress(unusual, data, TINY, tmp_path / "untraceable")
+    config = replace(TINY, leaf=("careful",), round_to=4, ratios=(0.5, 1.0))
+    told = Told()
+    result = compress(unusual, data, config, tmp_path / "run", told)
+    assert any("student.pt2 was not written" in message for message in told.messages)
+    assert {p.dtype for p in unusual.parameters()} == {torch.float16}
+    assert {p.dtype for p in result.student.parameters()} == {torch.float32}
+    widths = [m.out_channels for m in result.student.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all(width % 4 == 0 for width in widths)
+    with pytest.raises(BadInput, match=r"no student.pt2"):
+        load_student(result.out)
+    result.student.load_state_dict(torch.load(result.out / "student.pt", weights_only=True))
+    assert result.table["student"]["params"] == sum(p.numel() for p in result.student.parameters())

@@ -489,3 +489,40 @@ def test_a_removable_layer_can_be_removed_alone(name):
     for i, layer in enumerate(space.layers):
         if layer.removable:
             space.remove(space.teacher, [k != i for k in range(len(space.layers))])
+
+
+# Hardware rounding
+
+
+@pytest.mark.parametrize("name", ["chain", "cifar_resnet", "resnext", "mobile", "dense", "shuffled", "resnet18"])
+@pytest.mark.parametrize("step", [2, 4, 8])
+def test_rounded_widths_are_multiples_or_the_teachers_own(name: str, step: int) -> None:
+    space = ArchitectureSpace(teacher_of(name), images(name), round_to=step)
+    count = len(space.layers)
+    whole = {layer.name: layer.out_channels for layer in space.layers}
+    for ratio in (0.1, 0.3, 0.5, 0.8):
+        arch = space.shrink(space.teacher, [ratio] * count)
+        student = space.build(arch)
+        chosen = space.choices(space.teacher)[0]
+        for layer, chooses in zip(space.layers, chosen, strict=True):
+            if layer.kind in ("conv", "linear") and not chooses:
+                continue
+            module = student.get_submodule(layer.name)
+            width = getattr(module, "out_channels", getattr(module, "out_features", None))
+            assert width is None or width % step == 0 or width == whole[layer.name], layer.name
+            assert not chooses or ratio > 0.1 or width < whole[layer.name]
+        student(images(name))
+        fine = space.unrounded().shrink(space.teacher, [ratio] * count)
+        assert fine == space_of(name).shrink(space_of(name).teacher, [ratio] * count)
+    assert space.shrink(space.teacher, [1.0] * count) == space.teacher
+
+
+def test_a_width_below_the_step_is_no_choice() -> None:
+    space = ArchitectureSpace(teacher_of("chain"), images(), round_to=8)
+    chosen = [layer.name for layer, can in zip(space.layers, space.choices(space.teacher)[0], strict=True) if can]
+    assert chosen == [layer.name for layer in space.layers if layer.kind == "conv" and layer.out_channels > 8]
+
+
+def test_a_step_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="round_to: expected at least 1, got 0"):
+        ArchitectureSpace(teacher_of("chain"), images(), round_to=0)
