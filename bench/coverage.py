@@ -1,9 +1,10 @@
-"""Every convolutional classifier of torchvision in the space: python bench/coverage.py [NAME ...].
+"""Every classifier of torchvision in the space: python bench/coverage.py [NAME ...].
 
 For each of them, at a small image: layers, removable and shrinkable ones, groups, the reachable compression, time to
 trace and time for a student; and over DRAWS random architectures whether (a) each builds and runs or is refused
 before, (b) its params and MACs are those counted on the student, (c) the whole architecture computes what the teacher
-does, to the last bit, (d) a teacher with dead channels loses nothing where exactly these go.
+does, to the last bit, (d) a teacher with dead channels loses nothing where exactly these go. The twelve transformers
+come last; of (d) they are not asked, since their norms run over the channels.
 """
 
 import argparse
@@ -22,12 +23,15 @@ from n2n_fast.errors import DegenerateArchitecture
 from n2n_fast.student import slots_of
 
 DRAWS = 20
-SIZES = {"alexnet": 64, "inception_v3": 80}
+SIZES = {"inception_v3": 80, "maxvit_t": 224, "vit_h_14": 56}
 TRANSFORMERS = ("vit", "swin", "maxvit")
 OUT = Path(__file__).parent / "results" / "coverage.json"
 
 
 def network(name):
+    if name.startswith(TRANSFORMERS):
+        sized = {"image_size": SIZES.get(name, 64)} if name.startswith("vit") else {}
+        return torchvision.models.get_model(name, num_classes=10, **sized).eval()
     quick = {"init_weights": False} if name.startswith(("googlenet", "inception", "vgg", "densenet")) else {}
     model = torchvision.models.get_model(name, num_classes=10, **({} if name.startswith("densenet") else quick))
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +96,7 @@ def row(name):
     size, rng = SIZES.get(name, 64), np.random.default_rng(0)
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     teacher = network(name)
-    space, tracing = timed(lambda: ArchitectureSpace(teacher, images), 1)
+    space, tracing = timed(lambda: ArchitectureSpace(teacher, images), 3)
     smallest = space.shrink(space.teacher, [0.1] * len(space.layers))
     half = space.shrink(space.teacher, [0.5] * len(space.layers))
     with torch.no_grad():
@@ -106,13 +110,29 @@ def row(name):
         "trace_s": tracing,
         "student_ms": 1e3 * timed(lambda: space.build(half), 5)[1],
         "degenerate": draws(space, images, rng),
-        "dead_channels_error": dead_channels(name, images, rng),
-        "warnings": len(space.warnings),
+        "dead_channels_error": None if name.startswith(TRANSFORMERS) else dead_channels(name, images, rng),
+        "warnings": space.warnings,
     }
 
 
+COLUMNS = ("layers", "removable", "shrinkable", "groups", "compression", "trace_s", "student_ms", "degenerate")
+
+
+def markdown(table):
+    """The table as bench/README.md links to it."""
+    lines = [f"| model | {' | '.join(COLUMNS)} | error of (d) |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for name, values in table.items():
+        if "failed" in values:
+            lines.append(f"| {name} | failed: {values['failed']} |")
+            continue
+        cells = [f"{values[c]:.{2 if c == 'trace_s' else 1}f}" if c in COLUMNS[4:7] else values[c] for c in COLUMNS]
+        error = values["dead_channels_error"]
+        lines.append(f"| {name} | {' | '.join(map(str, cells))} | {'' if error is None else f'{error:.1g}'} |")
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
-    every = [n for n in torchvision.models.list_models(module=torchvision.models) if not n.startswith(TRANSFORMERS)]
+    every = sorted(torchvision.models.list_models(module=torchvision.models), key=lambda n: n.startswith(TRANSFORMERS))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=every)
     table = json.loads(OUT.read_text()) if OUT.exists() else {}
@@ -122,4 +142,6 @@ if __name__ == "__main__":
         except Exception as error:  # noqa: BLE001 - a net that fails is a line of the table
             table[chosen] = {"failed": f"{type(error).__name__}: {error}"[:200]}
         print(chosen, table[chosen], flush=True)
+        table = {name: table[name] for name in every if name in table}
         OUT.write_text(json.dumps(table, indent=1) + "\n")
+        OUT.with_suffix(".md").write_text(markdown(table))

@@ -353,6 +353,12 @@ class TracedTeacher:
             common = math.gcd(m, n)
             if g != h and (self.sizes[g] < n // common or self.sizes[h] < m // common):
                 return None  # fewer channels than the other side's smallest number
+            for (held, a), (other, b) in (((g, m), (h, n)), ((h, n), (g, m))):
+                width, rest = divmod(a * self.sizes[held], b)
+                if self.pinned[held] and (
+                    rest or width > self.sizes[other] or (self.pinned[other] and width < self.sizes[other])
+                ):
+                    return None  # at full width, one side is wider than the other can be
             if g != h:
                 found.append((int(g), int(m), int(h), int(n)))
         return found
