@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torchvision.ops import StochasticDepth
 
+from n2n_fast import trials
 from n2n_fast.tracing import ChannelScale
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -54,7 +55,6 @@ ELEMENTWISE = {
 }
 CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 VIEWS = (torch.reshape, "view", "reshape")
-TRIALS = 8  # of whether channels depend on each other
 MAX_PIECES = 16  # into which unequal parts of channels are cut
 
 
@@ -479,11 +479,7 @@ class ChannelLabels:
         if node.target in ("contiguous", "clone"):
             self.folded[node] = labels
             return None
-        swapped = [0, 2, 1, *range(3, len(before))]
-        order = list(node.args[1]) if len(node.args) == 2 and isinstance(node.args[1], Sequence) else node.args[1:]
-        if (_name(node) == "transpose" and set(order) == {1, 2}) or (
-            _name(node) == "permute" and list(order) == swapped
-        ):
+        if _swaps(node, len(before)):
             self.folded[node] = labels.T
             return None
         if node.target in VIEWS and after == (before[0], labels.size, *before[3:]) and _follows(node, 1):
@@ -517,10 +513,10 @@ class ChannelLabels:
             return None
         try:
             with torch.no_grad():
-                moved = _moved(function, shape, value.dim)
+                moved = trials.moved(function, shape, value.dim)
                 if moved is not None:
                     return self._after_move(node, value, moved)
-                dim = _separate(function, shape, value.dim)
+                dim = trials.separate(function, shape, value.dim)
         except Exception:  # noqa: BLE001 - whatever it raises, it is not understood
             return None
         return None if dim is None else Channels(dim, value.labels)
@@ -531,14 +527,11 @@ class ChannelLabels:
         value = None if call is None else self.values[call[0]]
         if call is None or value is None:
             return False
-        shape = list(self.shapes[call[0]])
-        shape[value.dim] = -(-shape[value.dim] // 2)
         try:
             with torch.no_grad():
-                result = call[1](torch.ones(shape))
+                return trials.reduces(call[1], self.shapes[call[0]], value.dim)
         except Exception:  # noqa: BLE001 - whatever it raises, it is not understood
             return False
-        return isinstance(result, Tensor) and tuple(result.shape) == self.shapes[node]
 
     def _callable(self, node: fx.Node) -> tuple[fx.Node, Callable[[Tensor], Any]] | None:
         """(tensor, operation on it) of a node of one tensor with channels."""
@@ -594,46 +587,6 @@ class ChannelLabels:
 
 def _name(node: fx.Node) -> str:
     return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))
-
-
-def _moved(function: Callable[[Tensor], Any], shape: Sequence[int], dim: int) -> np.ndarray | None:
-    """For each number of `function`'s result the channel of its input that it comes from, -1 for a constant.
-
-    None where it does more than to move numbers: channels are given numbers in two ways, and must be found by both.
-    """
-    width = shape[dim]
-    places = [width if d == dim else 1 for d in range(len(shape))]
-    codes = [torch.arange(1.0, width + 1), 3.0 * torch.randperm(width, generator=torch.Generator().manual_seed(0)) + 5]
-    results = [function(code.view(places).expand(*shape)) for code in codes]
-    if not isinstance(results[0], Tensor) or not results[0].is_floating_point():
-        return None
-    found = results[0].double()
-    position = found.round().long() - 1
-    if bool((found.round() != found).any()) or int(position.min()) < -1 or not 0 <= int(position.max()) < width:
-        return None
-    expected = torch.where(position < 0, found, codes[1].double()[position.clamp_min(0)])
-    return position.numpy() if torch.equal(results[1].double(), expected) else None
-
-
-def _separate(function: Callable[[Tensor], Any], shape: Sequence[int], dim: int) -> int | None:
-    """The dimension of `function`'s result along which each channel depends on the same channel of its input alone.
-
-    Tried by changing random halves of the channels; None if there is no such dimension.
-    """
-    generator = torch.Generator().manual_seed(0)
-    width = shape[dim]
-    places = [width if d == dim else 1 for d in range(len(shape))]
-    before = torch.rand(*shape, generator=generator)
-    result = function(before)
-    if not isinstance(result, Tensor):
-        return None
-    candidates = [d for d in range(1, result.ndim) if result.shape[d] == width]
-    candidates.sort(key=lambda d: d != dim)
-    for _ in range(TRIALS):
-        changes = torch.rand(width, generator=generator) < 0.5
-        differs = function(torch.where(changes.view(places), before.flip(0) + 1, before)) != result
-        candidates = [d for d in candidates if not bool((differs.movedim(d, 0).flatten(1).any(1) & ~changes).any())]
-    return candidates[0] if candidates and width > 1 else None
 
 
 def _free_size(node: fx.Node, dim: int) -> None:

@@ -132,6 +132,8 @@ class TracedTeacher:
         if example.ndim < 3 or len(example) < 1:
             raise BadInput(f"example_input: expected (N, C, H, W) with N >= 1, got {tuple(example.shape)}")
         parameter = next((p for p in teacher.parameters() if p.is_floating_point()), example)
+        if parameter.is_meta:
+            raise BadInput("the teacher is on the meta device, without weights; load them first")
         self.example = example = torch.cat([example[:1], example[:1]]).to(parameter.device, parameter.dtype)
         self.module = trace(teacher, example, leaf)
         shapes, numbers = values_of(self.module, teacher, example)

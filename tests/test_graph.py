@@ -261,6 +261,13 @@ def test_an_untraceable_forward_is_refused_by_file_and_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_teacher_without_weights_is_refused() -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten())
+    with pytest.raises(BadInput, match="meta device"):
+        ArchitectureSpace(net, images())
+
+
 def test_a_leaf_that_is_not_there_is_refused() -> None:
     with pytest.raises(BadInput, match="no submodule 'brunch'"):
         ArchitectureSpace(Branching(), images(), leaf=["brunch"])
