@@ -3,8 +3,11 @@
 For each of them, at a small image: layers, removable and shrinkable ones, groups, the reachable compression, time to
 trace and time for a student; and over DRAWS random architectures whether (a) each builds and runs or is refused
 before, (b) its params and MACs are those counted on the student, (c) the whole architecture computes what the teacher
-does, to the last bit, (d) a teacher with dead channels loses nothing where exactly these go. The twelve transformers
-come last; of (d) they are not asked, since their norms run over the channels.
+does, to the last bit, (d) a teacher with dead channels loses nothing where exactly these go. A channel of zeros that a
+layer or group norm averages over is not dead: it counts in the mean; there (d) is asked of the other channels. The
+twelve transformers come last.
+
+--times measures again, on a quiet machine, only the two times of the nets whose row is there.
 """
 
 import argparse
@@ -16,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from n2n_fast import ArchitectureSpace
@@ -39,6 +43,9 @@ def network(name):
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.running_mean.copy_(0.1 * torch.randn(module.num_features, generator=generator))
             module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=generator))
+    for part, parameter in model.named_parameters():
+        if part.endswith("layer_scale"):
+            nn.init.ones_(parameter)  # 1e-6 would hide what the blocks do
     return model.eval()
 
 
@@ -71,15 +78,22 @@ def draws(space, images, rng):
     return degenerate
 
 
+def averaged(traced):
+    """Of each group, whether a norm takes means over its channels."""
+    norms = [i for i, module in enumerate(traced.modules) if isinstance(module, (nn.LayerNorm, nn.GroupNorm))]
+    return traced.occurrences[traced.in_axis[norms]].any(0)
+
+
 def dead_channels(name, images, rng):
-    """Largest difference, relative, that (d) leaves."""
+    """Relative difference that (d) leaves; None where no channel can be dead."""
     teacher = network(name)
     space = ArchitectureSpace(teacher, images)
     traced = space._traced
+    lives = averaged(traced)
     left = [1.0] * len(space.layers)
     for g, units in enumerate(traced.units):
         spare = len(units) // 3
-        if traced.pinned[g] or not traced.writers[g] or spare == 0:
+        if traced.pinned[g] or lives[g] or not traced.writers[g] or spare == 0:
             continue
         left[traced.writers[g][0]] = 1 - spare / len(units)
         dead = rng.choice(units, spare, replace=False)
@@ -92,13 +106,24 @@ def dead_channels(name, images, rng):
     return float((got - wanted).norm() / wanted.norm())
 
 
-def row(name):
-    size, rng = SIZES.get(name, 64), np.random.default_rng(0)
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    teacher = network(name)
+def images_for(name):
+    size = SIZES.get(name, 64)
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def times(name):
+    """Medians: tracing, s; a student of half the widths, ms."""
+    teacher, images = network(name), images_for(name)
     space, tracing = timed(lambda: ArchitectureSpace(teacher, images), 3)
-    smallest = space.shrink(space.teacher, [0.1] * len(space.layers))
     half = space.shrink(space.teacher, [0.5] * len(space.layers))
+    return {"trace_s": tracing, "student_ms": 1e3 * timed(lambda: space.build(half), 9)[1]}
+
+
+def row(name):
+    images, rng = images_for(name), np.random.default_rng(0)
+    teacher = network(name)
+    space = ArchitectureSpace(teacher, images)
+    smallest = space.shrink(space.teacher, [0.1] * len(space.layers))
     with torch.no_grad():
         assert torch.equal(space.build(space.teacher)(images), teacher(images))
     return {
@@ -107,8 +132,7 @@ def row(name):
         "shrinkable": sum(space.choices(space.teacher)[0]),
         "groups": len(space.teacher.widths),
         "compression": space.teacher.params / smallest.params,
-        "trace_s": tracing,
-        "student_ms": 1e3 * timed(lambda: space.build(half), 5)[1],
+        **times(name),
         "degenerate": draws(space, images, rng),
         "dead_channels_error": None if name.startswith(TRANSFORMERS) else dead_channels(name, images, rng),
         "warnings": space.warnings,
@@ -135,10 +159,12 @@ if __name__ == "__main__":
     every = sorted(torchvision.models.list_models(module=torchvision.models), key=lambda n: n.startswith(TRANSFORMERS))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=every)
+    parser.add_argument("--times", action="store_true")
+    asked = parser.parse_args()
     table = json.loads(OUT.read_text()) if OUT.exists() else {}
-    for chosen in parser.parse_args().names:
+    for chosen in asked.names:
         try:
-            table[chosen] = row(chosen)
+            table[chosen] = {**table[chosen], **times(chosen)} if asked.times else row(chosen)
         except Exception as error:  # noqa: BLE001 - a net that fails is a line of the table
             table[chosen] = {"failed": f"{type(error).__name__}: {error}"[:200]}
         print(chosen, table[chosen], flush=True)

@@ -1,6 +1,8 @@
 """Architecture -> nn.Module: which channels of the teacher a student keeps, and the module that holds them."""
 
+import contextlib
 import copy
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +71,18 @@ def l1_saliency(traced: TracedTeacher) -> np.ndarray:
     return written * np.where(unread, 1.0, read)
 
 
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection meanwhile: a student is thousands of new objects, none of them garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class _Misfit(Exception):
     """A tensor is not as wide as its channels."""
 
@@ -99,6 +113,10 @@ class StudentFactory:
 
     def build(self, arch: Architecture, kept: Sequence[np.ndarray | None]) -> fx.GraphModule:
         """The student with its weights sliced from the teacher's ("inherit"); kept: of `kept_channels`."""
+        with _collector_paused():
+            return self._build(arch, kept)
+
+    def _build(self, arch: Architecture, kept: Sequence[np.ndarray | None]) -> fx.GraphModule:
         channels = [
             len(axis) if index is None else len(index) for axis, index in zip(self.traced.axes, kept, strict=True)
         ]
