@@ -1,10 +1,13 @@
 """N2N learning: compress a trained CNN into a much smaller one by policy gradients and distillation."""
 
+from n2n_fast.config import SearchConfig
 from n2n_fast.data import Augmentation, ImageData, from_tensors, load
 from n2n_fast.errors import BadInput, DegenerateArchitecture
 from n2n_fast.graph import Architecture, Layer
 from n2n_fast.ops import build_info, kd_loss, kd_loss_and_grad, materialize
-from n2n_fast.search import Result, Rollout, SearchConfig, SearchProgress, compress, load_student
+from n2n_fast.result import Result, load_student
+from n2n_fast.run_directory import Interrupted
+from n2n_fast.search import Rollout, SearchProgress, compress
 from n2n_fast.space import ArchitectureSpace
 
 __version__ = "0.1.0"
@@ -15,6 +18,7 @@ __all__ = [
     "BadInput",
     "DegenerateArchitecture",
     "ImageData",
+    "Interrupted",
     "Layer",
     "Result",
     "Rollout",

@@ -1,9 +1,12 @@
 """The command line: options, progress and tables; the work is done elsewhere."""
 
+import contextlib
 import json
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,9 +16,13 @@ from torch import nn
 
 import n2n_fast
 from n2n_fast import report, teacher
+from n2n_fast.config import PROTOCOLS, SearchConfig
 from n2n_fast.data import ImageData, accuracy, load
 from n2n_fast.errors import BadInput, first_line
-from n2n_fast.search import Rollout, SearchConfig, SearchProgress, compress, load_student
+from n2n_fast.result import load_student
+from n2n_fast.reward import OBJECTIVES
+from n2n_fast.run_directory import Interrupted, read_settings
+from n2n_fast.search import Rollout, SearchProgress, compress
 from n2n_fast.space import INITS, SALIENCIES, ArchitectureSpace
 
 INFEASIBLE = 3
@@ -23,7 +30,14 @@ INTERRUPTED = 130
 LINE_SECONDS = 20.0  # between lines of progress where there is no terminal
 DIGITS = "digits"
 # What suits 1,797 images of 8x8 pixels: an epoch is ten steps.
-DIGITS_DEFAULTS = {"updates": 15, "epochs": 2.0, "final_epochs": 60.0, "batch_size": 64, "learning_rate": 0.02}
+DIGITS_DEFAULTS = {
+    "updates": 15,
+    "anchor_epochs": 20.0,
+    "stage_epochs": 20.0,
+    "final_epochs": 60.0,
+    "batch_size": 64,
+    "learning_rate": 0.02,
+}
 DIGITS_VALIDATION = 0.2
 DIGITS_TEACHER_EPOCHS = 30.0
 
@@ -42,6 +56,9 @@ def main() -> None:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'file'}: {error.strerror or error}")
+    except Interrupted as stopped:
+        click.echo(f"interrupted; go on with: n2n-fast run --resume {stopped}", err=True)
+        sys.exit(INTERRUPTED)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
@@ -116,59 +133,120 @@ def cli() -> None:
 @click.option(
     "--stages", type=click.Choice(["both", "removal", "shrinkage"]), help="Remove layers, shrink them, or both."
 )
+@click.option(
+    "--protocol",
+    type=click.Choice(list(PROTOCOLS)),
+    default="fast",
+    show_default=True,
+    help="paper: random weights, five epochs for each student, nothing corrected; the control.",
+)
 @click.option("--updates", type=int, metavar="N", help="Policy updates in each stage.")
 @click.option("--rollouts", type=int, metavar="N", help="Students evaluated for each update.")
-@click.option("--epochs", type=float, metavar="E", help="Training of each student; may be a fraction.")
-@click.option("--final-epochs", type=float, metavar="E", help="Training of the best student of each stage.")
+@click.option("--rollout-steps", type=int, metavar="K", help="Training steps of each student; 0: none.")
+@click.option("--epochs", type=float, metavar="E", help="Training of each student in epochs instead.")
+@click.option("--validation-images", type=int, metavar="N", help="Images that each student is tried on.")
+@click.option("--anchors", type=int, metavar="N", help="Students trained fully to correct accuracies; 0: none.")
+@click.option("--anchor-epochs", type=float, metavar="E", help="Training of an anchor.")
+@click.option("--stage-epochs", type=float, metavar="E", help="Training of stage 1's best student.")
+@click.option("--final-epochs", type=float, metavar="E", help="Training of the last stage's best students.")
+@click.option("--keep-top", type=int, metavar="M", help="How many of them are trained.")
 @click.option("--batch-size", type=int, metavar="N", help="Images per training step.")
 @click.option("--learning-rate", type=float, metavar="R", help="Peak learning rate of rollouts.")
 @click.option("--final-learning-rate", type=float, metavar="R", help="Peak learning rate of the best students.")
 @click.option("--init", type=click.Choice(INITS), help="What students start from.")
 @click.option("--saliency", type=click.Choice(SALIENCIES), help="Which channels students keep.")
 @click.option("--kd-weight", type=float, metavar="λ", help="Weight of the distillation loss.")
+@click.option("--objective", type=click.Choice(OBJECTIVES), help="What the compression in the reward counts.")
 @click.option("--max-params", type=int, metavar="N", help="Students must have no more parameters.")
+@click.option("--max-macs", type=int, metavar="N", help="Students must need no more MACs for an image.")
+@click.option("--max-latency", type=float, metavar="MS", help="Students must take no longer on this device.")
+@click.option("--latency-batch", type=int, metavar="N", help="Images of the latency.")
 @click.option("--min-accuracy", type=float, metavar="A", help="Students must reach this validation accuracy, 0 to 1.")
+@click.option("--max-drop", type=float, metavar="POINTS", help="They may lose no more of the teacher's accuracy.")
+@click.option("--policy", type=click.Path(path_type=Path), metavar="FILE", help="Start from another run's policies.pt.")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with a run that was cut off.")
 @common_options
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory; default: runs/1, runs/2, ...")
-def run(
-    teacher_file: Path | None,
-    arch: str | None,
-    allow_pickle: bool,
-    data: str,
-    mean: list[float] | None,
-    std: list[float] | None,
-    image_size: int | None,
-    download: bool,
-    device: torch.device,
-    out: Path | None,
-    **options: Any,
-) -> int:
+@click.pass_context
+def run(context: click.Context, /, **options: Any) -> int:
     """Search for the best student of a teacher, train it and write it to a run directory.
 
-    Without --teacher a small ResNet is trained on the data first. Example:
-    n2n-fast run --teacher resnet18.pt --data cifar10:data
+    Without --teacher a small ResNet is trained on the data first. What --resume goes on with needs no other options.
+    Example: n2n-fast run --teacher resnet18.pt --data cifar10:data
     """
-    defaults = DIGITS_DEFAULTS if data == DIGITS else {}
-    config = SearchConfig(**{**defaults, **{k: v for k, v in options.items() if v is not None}})
-    if teacher_file is None and data != DIGITS:
-        raise BadInput(f"--data {data} needs a teacher trained on it: give --teacher FILE, made by n2n-fast teach")
-    model = None if teacher_file is None else teacher.load_teacher(teacher_file, arch, allow_pickle=allow_pickle)
-    channels = None if model is None else teacher.input_channels(model)
-    images = _load(data, mean, std, image_size, download, config.seed, device, channels)
-    if model is None:
-        model = _teach(teacher.create("digits_resnet", images.classes, 1, seed=config.seed), images,
-                       epochs=DIGITS_TEACHER_EPOCHS, seed=config.seed)  # fmt: skip
-    teacher.check_fits(model.to(device), images)
+    if options["resume"] is not None:
+        options = _as_before(context, options)
+    config = _config(options)
+    model, images = _teacher_and_data(options, config.seed)
     start = time.perf_counter()
-    with _Bar() as bar:
-        result = compress(model, images, config, out or _free_directory(), bar)
+    with _Bar() as bar, bar.stops_by_signals():
+        result = compress(
+            model,
+            images,
+            config,
+            options["resume"] or options["out"] or _free_directory(),
+            bar,
+            resume=options["resume"] is not None,
+            policies=options["policy"],
+            command={name: _plain(value) for name, value in options.items() if name != "resume"},
+        )
     click.echo("\n" + report.result_table(result.table))
     written = ", ".join(n for n in ("student.pt2", "student.pt", "result.json") if (result.out / n).exists())
     click.echo(f"\n{result.out}: {written}; {time.perf_counter() - start:.0f} s")
     if not result.feasible:
-        click.echo("no student met the constraints; the nearest was saved", err=True)
+        missed = ", ".join(f"{name} by {gap:.1%}" for name, gap in result.table["gaps"].items())
+        click.echo(f"no student met the limits; the nearest was saved, it misses {missed}", err=True)
         return INFEASIBLE
     return 0
+
+
+def _config(options: dict[str, Any]) -> SearchConfig:
+    """The settings that the options ask for, over those that suit the protocol and the data."""
+    defaults = {**PROTOCOLS[options["protocol"]], **(DIGITS_DEFAULTS if options["data"] == DIGITS else {})}
+    given = {f.name: options[f.name] for f in fields(SearchConfig) if options.get(f.name) is not None}
+    return SearchConfig(**{**defaults, **given})
+
+
+def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, ImageData]:
+    """The teacher, trained first where no file is given, and the data that it must fit."""
+    file, data, device = options["teacher_file"], options["data"], options["device"]
+    if file is None and data != DIGITS:
+        raise BadInput(f"--data {data} needs a teacher trained on it: give --teacher FILE, made by n2n-fast teach")
+    model = None
+    if file is not None:
+        model = teacher.load_teacher(file, options["arch"], allow_pickle=options["allow_pickle"])
+    channels = None if model is None else teacher.input_channels(model)
+    images = _load(data, options["mean"], options["std"], options["image_size"], options["download"], seed, device,
+                   channels)  # fmt: skip
+    if model is None:
+        model = _teach(teacher.create("digits_resnet", images.classes, 1, seed=seed), images,
+                       epochs=DIGITS_TEACHER_EPOCHS, seed=seed)  # fmt: skip
+    teacher.check_fits(model.to(device), images)
+    return model, images
+
+
+def _as_before(context: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run that goes on: those of its own command, but for what is given anew."""
+    held = read_settings(options["resume"]).get("command")
+    if not isinstance(held, dict):
+        raise BadInput(f"{options['resume']}: was not begun by n2n-fast run; go on from Python, compress(resume=True)")
+    told = {name: value for name, value in held.items() if name in options and not _was_given(context, name)}
+    for option in context.command.params:
+        if option.name in told and told[option.name] is not None and not option.multiple:
+            told[option.name] = option.type_cast_value(context, told[option.name])
+    device = told.get("device")
+    return {**options, **told, **({} if device is None else {"device": torch.device(device)})}
+
+
+def _was_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+
+def _plain(value: Any) -> Any:
+    """An option's value as JSON has it; files by their whole path, so that a run goes on from any directory."""
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return str(value) if isinstance(value, torch.device) else value
 
 
 @cli.command()
@@ -335,12 +413,33 @@ class _Bar(SearchProgress):
         self._bar: Any = None
         self._name, self._length, self._done = "", 0, 0
         self._start = self._told = 0.0
+        self._asked = False
 
     def __enter__(self) -> "_Bar":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._close()
+
+    @contextlib.contextmanager
+    def stops_by_signals(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM ask for a stop; a second one stops at once."""
+
+        def ask(number: int, _: Any) -> None:
+            if self._asked:
+                raise KeyboardInterrupt
+            self._asked = True
+            click.echo("stopping as soon as the work at hand is kept; once more to leave at once", err=True)
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stopping(self) -> bool:
+        return self._asked
 
     def message(self, text: str) -> None:
         self._close()

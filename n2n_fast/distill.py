@@ -1,10 +1,11 @@
 """One student's training and evaluation (section 3.3): BN statistics, distillation, latency."""
 
 import contextlib
+import functools
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,18 @@ class BatchSource(Protocol):
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]: ...
+    def after(self, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """The batches from step `start` on, counted from 0."""
+
+
+class Keeper(Protocol):
+    """Keeps a training, so that it can be cut off and goes on as if it had not been."""
+
+    def load(self) -> dict[str, Any] | None:
+        """The state that was kept last; None to begin."""
+
+    def offer(self, state: Callable[[], dict[str, Any]]) -> None:
+        """Called after every step; keeps what `state` gives if it is time for it, and may raise to stop."""
 
 
 class Diverged(ArithmeticError):
@@ -49,11 +62,13 @@ def fit(
     kd_weight: float = 0.0,
     weight_decay: float = 5e-4,
     progress: Progress | None = None,
+    keeper: Keeper | None = None,
 ) -> nn.Module:
     """Train `model` in place by SGD on cross entropy plus kd_weight times the distillation loss; left in eval mode.
 
     Teacher logits of None leave the distillation out. The learning rate climbs to its peak over the first fifth of
-    the steps, then falls to 0 along a cosine. `progress.step` is called every ten steps. Raises Diverged.
+    the steps, then falls to 0 along a cosine. `progress.step` is called every ten steps. With a `keeper` the training
+    goes on where it was cut off. Raises Diverged.
     """
     # Batches are contiguous, not channels_last: for that layout oneDNN's AVX2 kernel for the weight gradient of 1x1
     # convolutions corrupts memory or never returns at some odd widths (torch 2.15), and it is hardly faster.
@@ -62,7 +77,8 @@ def fit(
     optimizer = torch.optim.SGD(_decayed(model, weight_decay), learning_rate, momentum=0.9, nesterov=True, fused=True)
     model.train()
     tally = torch.zeros(3, device=device, dtype=torch.float64)  # loss, correct, images since the last report
-    for step, (images, labels, teacher_logits) in enumerate(batches, 1):
+    start = _restore(keeper.load() if keeper else None, model, optimizer)
+    for step, (images, labels, teacher_logits) in enumerate(batches.after(start), start + 1):
         for group in optimizer.param_groups:
             group["lr"] = _scheduled(learning_rate, step, steps)
         with mixed_precision(device):
@@ -76,7 +92,31 @@ def fit(
         tally += torch.stack([loss.double() * len(labels), correct.double(), torch.full_like(correct, len(labels))])
         if step % CHECK_EVERY == 0 or step == steps:
             _report(step, tally, progress)
+        if keeper is not None:
+            keeper.offer(functools.partial(_state, step, model, optimizer))
     return model.eval()
+
+
+def _state(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """All that a training is after so many steps."""
+    generators = {"cpu": torch.get_rng_state()}
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(device)
+    return {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "generators": generators}
+
+
+def _restore(state: dict[str, Any] | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put back what `_state` gave; the number of steps done."""
+    if state is None:
+        return 0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["generators"]["cpu"])
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["generators"]["cuda"], device)
+    return int(state["step"])
 
 
 def _report(step: int, tally: Tensor, progress: Progress | None) -> None:

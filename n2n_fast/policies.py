@@ -5,9 +5,14 @@ pass. `sample` draws without gradients; `log_prob` scores drawn actions in one d
 nothing are masked: they are drawn as "keep as it is" and add nothing to the log-probability.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+MOST_REMOVED = 0.7  # share of the layers, at severity 1
+MOST_CROPPED = 0.5  # share of the kernels, at severity 1
 
 
 class RemovalPolicy(nn.Module):
@@ -34,6 +39,11 @@ class RemovalPolicy(nn.Module):
         keep: Tensor = torch.rand(count, len(x), generator=generator) < self(x).sigmoid()
         return (keep | ~mask).long()
 
+    def spread(self, mask: Tensor, severity: float, generator: torch.Generator) -> Tensor:
+        """Actions (layers,) of chance, not of the policy; severity: in (0, 1), how likely a removal is."""
+        keep: Tensor = torch.rand(len(mask), generator=generator) >= MOST_REMOVED * severity
+        return (keep | ~mask).long()
+
     def log_prob(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
         """Log-probability of each of the action sequences (count, layers), (count,)."""
         logits = self(x).expand(len(actions), -1)
@@ -41,19 +51,32 @@ class RemovalPolicy(nn.Module):
         masked: Tensor = loss * mask
         return -masked.sum(1)
 
+    def entropy(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
+        """Mean entropy of the free choices, in nats; it is the same for all `actions`."""
+        logits = self(x)
+        probability = logits.sigmoid()
+        entropy = nn.functional.softplus(logits) - probability * logits
+        mean: Tensor = (entropy * mask).sum() / mask.sum().clamp_min(1)
+        return mean
+
 
 class ShrinkagePolicy(nn.Module):
     """π_shrink(a_t | a_{t-1}, h_{t-1}, x_t): an autoregressive LSTM that draws two ratios for each layer.
 
     An action is a pair of indices into the ratios, that of the channels and that of the kernel; the last ratio is 1.
+    keep_probability: of every kernel's size before any training; the widths' ratios are all about as likely.
     """
 
-    def __init__(self, features: int, ratios: int = 10, hidden: int = 30, layers: int = 2) -> None:
+    def __init__(
+        self, features: int, ratios: int = 10, hidden: int = 30, layers: int = 2, keep_probability: float = 0.8
+    ) -> None:
         """Draw the initial weights from torch's global generator."""
         super().__init__()
         self.ratios = ratios
         self.lstm = nn.LSTM(features + 2 * ratios, hidden, layers, batch_first=True)
         self.head = nn.Linear(hidden, 2 * ratios)
+        with torch.no_grad():  # most ratios make a 3x3 kernel 1x1, which few layers bear
+            self.head.bias[-1] = torch.logit(torch.tensor(keep_probability)) + math.log(max(1, ratios - 1))
 
     def forward(self, x: Tensor, previous: Tensor) -> Tensor:
         """Log-probabilities (count, layers, 2, ratios); x: (layers, features), previous actions: (count, layers, 2)."""
@@ -91,11 +114,31 @@ class ShrinkagePolicy(nn.Module):
             actions[t] = action
         return torch.from_numpy(actions).transpose(0, 1)
 
+    def spread(self, mask: Tensor, severity: float, generator: torch.Generator) -> Tensor:
+        """Actions (layers, 2) of chance, not of the policy, towards fewer channels as severity, in (0, 1), grows."""
+        last = self.ratios - 1
+        at = (1 - severity) * last + 0.15 * last * torch.randn(len(mask), generator=generator)
+        widths = at.round().clamp(0, last).long()
+        cropped = torch.rand(len(mask), generator=generator) < MOST_CROPPED * severity
+        drawn = torch.stack([widths, torch.where(cropped, 0, last)], 1)
+        return torch.where(mask, drawn, last)
+
     def log_prob(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
         """Log-probability of each of the action sequences (count, layers, 2), (count,)."""
-        previous = torch.cat([torch.full_like(actions[:, :1], self.ratios - 1), actions[:, :-1]], 1)
-        log_probs: Tensor = self(x, previous)
+        log_probs = self._log_probs(x, actions)
         return (log_probs.gather(3, actions[..., None])[..., 0] * mask).sum((1, 2))
+
+    def entropy(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
+        """Mean entropy of the free choices, in nats, each given the `actions` before it."""
+        log_probs = self._log_probs(x, actions)
+        entropy = -(log_probs.exp() * log_probs).sum(3).mean(0)
+        return (entropy * mask).sum() / mask.sum().clamp_min(1)
+
+    def _log_probs(self, x: Tensor, actions: Tensor) -> Tensor:
+        """Of every ratio at each step, given the `actions` before it."""
+        previous = torch.cat([torch.full_like(actions[:, :1], self.ratios - 1), actions[:, :-1]], 1)
+        found: Tensor = self(x, previous)
+        return found
 
 
 class _Cell:

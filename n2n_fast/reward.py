@@ -1,34 +1,56 @@
-"""The reward of a student, and the constraints a user may set (section 3.2 of the paper)."""
+"""The reward of a student, and the limits a user may set (section 3.2 of the paper)."""
 
 from dataclasses import dataclass
 
 DEGENERATE = -1.0
 ANNEALING_UPDATES = 15
+OBJECTIVES = ("params", "macs", "latency")
 
 
-def reward(accuracy: float, params: int, teacher_accuracy: float, teacher_params: int) -> float:
-    """R = C (2 - C) · A / A_teacher with C = 1 - params / teacher_params; -1 for a student that is no smaller.
+@dataclass(frozen=True)
+class Cost:
+    """What a network costs: parameters, MACs of one image, milliseconds of a forward pass where that was measured."""
 
-    accuracy, teacher_accuracy: in (0, 1], both on the validation split.
+    params: int
+    macs: int
+    latency: float | None = None
+
+    def of(self, objective: str) -> float:
+        """The figure that an objective counts: "params", "macs" or "latency"."""
+        return float(getattr(self, objective))
+
+
+def reward(accuracy: float, cost: float, teacher_accuracy: float, teacher_cost: float) -> float:
+    """R = C (2 - C) · A / A_teacher with C = 1 - cost / teacher_cost; -1 for a student that costs no less.
+
+    accuracy, teacher_accuracy: in (0, 1], both on the validation split. In the paper costs are parameters.
     """
-    if params >= teacher_params:
+    if cost >= teacher_cost:
         return DEGENERATE
-    compression = 1 - params / teacher_params
+    compression = 1 - cost / teacher_cost
     return compression * (2 - compression) * accuracy / teacher_accuracy
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """Hard limits on the student. None: no limit. min_accuracy: on the validation split, in [0, 1]."""
+    """Hard limits on the student. None: no limit. max_latency: in ms. min_accuracy: on validation, in [0, 1]."""
 
     max_params: int | None = None
+    max_macs: int | None = None
+    max_latency: float | None = None
     min_accuracy: float | None = None
 
-    def violation(self, params: int, accuracy: float) -> float:
-        """0 where all are met, else the sum of the relative distances to the limits."""
-        over = 0.0 if self.max_params is None else max(0.0, params / self.max_params - 1)
-        under = 0.0 if not self.min_accuracy else max(0.0, 1 - accuracy / self.min_accuracy)
-        return over + under
+    def gaps(self, cost: Cost, accuracy: float) -> dict[str, float]:
+        """How far each limit that is not met is away, relative to it; empty where all are met."""
+        limits = {"params": self.max_params, "macs": self.max_macs, "latency": self.max_latency}
+        over = {name: cost.of(name) / limit - 1 for name, limit in limits.items() if limit is not None}
+        if self.min_accuracy:
+            over["accuracy"] = 1 - accuracy / self.min_accuracy
+        return {name: gap for name, gap in over.items() if gap > 0}
+
+    def violation(self, cost: Cost, accuracy: float) -> float:
+        """0 where all limits are met, else the sum of the relative distances to them."""
+        return sum(self.gaps(cost, accuracy).values())
 
     @staticmethod
     def anneal(reward: float, update: int) -> float:

@@ -2,104 +2,60 @@
 
 import copy
 import hashlib
-import io
 import json
-import math
 import os
 import time
-import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from n2n_fast.data import Batches, ImageData, TeacherLogits, accuracy
-from n2n_fast.distill import Diverged, Progress, fit, latency_ms, recalibrate, seeded
+from n2n_fast.config import STAGES, SearchConfig
+from n2n_fast.data import ImageData, TeacherLogits, accuracy
+from n2n_fast.distill import Diverged, Progress, seeded
 from n2n_fast.errors import BadInput, DegenerateArchitecture, first_line
+from n2n_fast.evaluation import Evaluation, Evaluator, latency_of
 from n2n_fast.graph import Architecture
+from n2n_fast.pareto import Point
 from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy
-from n2n_fast.reward import DEGENERATE, Constraints, reward
-from n2n_fast.space import INITS, SALIENCIES, ArchitectureSpace
+from n2n_fast.proxy import Anchor, ProxyMap
+from n2n_fast.result import Chosen, Result, finish
+from n2n_fast.reward import DEGENERATE, Constraints, Cost, reward
+from n2n_fast.run_directory import Interrupted, RunDirectory, read_tensors
+from n2n_fast.seeds import derived
+from n2n_fast.space import ArchitectureSpace
 from n2n_fast.student import independent_copy
 from n2n_fast.tracing import run
 
-STAGES = {"both": ("removal", "shrinkage"), "removal": ("removal",), "shrinkage": ("shrinkage",)}
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """The settings of a search; written to config.json of its run directory."""
-
-    stages: str = "both"  # both, removal or shrinkage
-    updates: int = 20  # of the policy, in each stage
-    rollouts: int = 5  # students evaluated for each update
-    epochs: float = 1.0  # a rollout's student is trained for this many epochs; may be a fraction
-    final_epochs: float = 10.0  # for the best student of each stage
-    init: str = "reconstructed"  # what students start from: reconstructed, calibrated, inherit or random
-    saliency: str | None = None  # activations or l1; default: activations where weights are fitted to them
-    batch_size: int = 128
-    learning_rate: float = 0.01  # peak, for a rollout's student: fitted weights of a wide net want small steps
-    final_learning_rate: float = 0.05  # peak, for the best student of each stage
-    kd_weight: float = 0.1  # λ in L = L_hard + λ L_KD
-    round_to: int = 1  # shrunk widths are multiples of this many channels
-    leaf: tuple[str, ...] = ()  # submodules of the teacher that are each one opaque layer
-    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of stage 2, ending with 1
-    keep_probability: float = 0.8  # of stage 1's untrained policy
-    hidden: int = 30  # units of each LSTM layer
-    lstm_layers: int = 2
-    removal_learning_rate: float = 0.003  # Adam's, stage 1
-    shrinkage_learning_rate: float = 0.01  # Adam's, stage 2
-    baseline_decay: float = 0.8  # of the moving average of rewards
-    max_params: int | None = None
-    min_accuracy: float | None = None  # on the validation split, in [0, 1]
-    calibration_images: int = 1024  # unlabelled, for fitted weights and batch norm statistics
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raise BadInput for values that no search can use."""
-        rules: dict[str, tuple[bool, str]] = {
-            "stages": (self.stages in STAGES, f"one of {', '.join(STAGES)}"),
-            "init": (self.init in INITS, f"one of {', '.join(INITS)}"),
-            "saliency": (self.saliency in (None, *SALIENCIES), f"one of {', '.join(SALIENCIES)}"),
-            **{
-                name: (getattr(self, name) >= 1, "at least 1")
-                for name in ("updates", "rollouts", "batch_size", "round_to")
-            },
-            **{name: (0 <= getattr(self, name) < math.inf, "at least 0") for name in ("epochs", "final_epochs")},
-            **{n: (0 < getattr(self, n) < math.inf, "above 0") for n in ("learning_rate", "final_learning_rate")},
-            "kd_weight": (0 <= self.kd_weight < math.inf, "at least 0"),
-            "ratios": (
-                len(self.ratios) > 0 and self.ratios[-1] == 1 and all(0 < r <= 1 for r in self.ratios),
-                "ratios in (0, 1], the last of them 1",
-            ),
-            "keep_probability": (0 < self.keep_probability < 1, "between 0 and 1"),
-            "max_params": (self.max_params is None or self.max_params >= 1, "at least 1"),
-            "min_accuracy": (self.min_accuracy is None or 0 <= self.min_accuracy <= 1, "between 0 and 1"),
-        }
-        for name, (valid, allowed) in rules.items():
-            if not valid:
-                raise BadInput(f"{name}: {getattr(self, name)}; give {allowed}")
+SPREAD_TRIES = 20  # at an anchor that is not degenerate
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One evaluated student; a line of history.jsonl. `actions` as the policy drew them, one entry a layer."""
+    """One evaluated student; a line of history.jsonl. `actions` as the policy drew them, one entry a layer.
+
+    proxy_accuracy: after the few steps of a rollout; accuracy: what a full training is expected to make of it, which
+    the reward counts, and accuracy_error its standard error; None where `error` says why. cached: evaluated before.
+    """
 
     stage: str
     update: int
     index: int
-    seed: int
     actions: list[Any]
     architecture: str | None
     params: int | None
     macs: int | None
+    latency: float | None
+    proxy_accuracy: float | None
     accuracy: float | None
+    accuracy_error: float | None
     reward: float
     feasible: bool
-    seconds: float
+    cached: bool
+    seconds: dict[str, float]
     error: str | None = None
 
 
@@ -109,40 +65,513 @@ class SearchProgress(Progress):
     def rollout(self, rollout: Rollout, best: Rollout | None, compression: float | None) -> None:
         """A rollout was evaluated; compression: how many times fewer params than the teacher the best has."""
 
+    def stopping(self) -> bool:
+        """Whether to stop as soon as the work at hand is kept; the search then raises Interrupted."""
+        return False
+
+
+@dataclass
+class _Stage:
+    """A stage of the search: what stays the same in it, and behind that its state."""
+
+    name: str
+    space: ArchitectureSpace
+    evaluator: Evaluator
+    policy: RemovalPolicy | ShrinkagePolicy
+    mask: Tensor
+    architecture_of: Callable[[list[Any]], Architecture]
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+
+    update: int = 0
+    baseline: float | None = None
+    evaluated: dict[str, tuple[Architecture, Evaluation]] = field(default_factory=dict)
+    anchors: list[tuple[str, float | None]] = field(default_factory=list)  # architecture, accuracy or failed
+    finals: list[tuple[str, float, dict[str, Tensor]]] = field(default_factory=list)
+    map: ProxyMap = field(default_factory=ProxyMap)
+
 
 @dataclass(frozen=True)
-class Result:
-    """What a search gives. student: trained, in eval mode. table: as in result.json. feasible: meets the limits."""
+class _Judged:
+    """An architecture with what is thought of it, by the map as it is now."""
 
-    student: nn.Module
-    table: dict[str, Any]
-    feasible: bool
-    out: Path
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    rollout: Rollout
     architecture: Architecture
+    cost: Cost
+    accuracy: float
+    error: float
+    reward: float
     violation: float
 
     @property
     def rank(self) -> tuple[float, float]:
         """Feasible before infeasible, then by reward; among the infeasible, the nearest first."""
-        return (-self.violation, self.rollout.reward)
+        return (-self.violation, self.reward)
 
 
 @dataclass(frozen=True)
-class _Stage:
-    """A stage of the search: its space, its policy and the mask of meaningful actions, and what actions stand for."""
+class _Teacher:
+    """The teacher, which every stage's logits and rewards refer to."""
 
-    name: str
-    space: ArchitectureSpace
-    policy: RemovalPolicy | ShrinkagePolicy
-    mask: Tensor
-    learning_rate: float
-    batches: Batches
-    architecture_of: Callable[[list[Any]], Architecture]
+    module: nn.Module
+    cost: Cost
+    accuracy: float
+    logits: TeacherLogits
+
+
+def compress(
+    teacher: nn.Module,
+    data: ImageData,
+    config: SearchConfig | None = None,
+    out: str | os.PathLike[str] = "runs/n2n",
+    progress: SearchProgress | None = None,
+    *,
+    resume: bool = False,
+    policies: str | os.PathLike[str] | None = None,
+    command: Mapping[str, Any] | None = None,
+) -> Result:
+    """Search for the student of best reward, train it fully and write the run directory `out`.
+
+    teacher: a trained classifier of images (N, C, H, W); `data` on its device. The test split is read once, at the
+    end. On a CPU the same seed gives the same result, unless latencies count. resume: go on with the run in `out`, to
+    the very same end. policies: file with the policies of another run to start from, its policies.pt. command: what
+    config.json shall note of how this was called. Raises BadInput where teacher, data or `out` cannot be used, and
+    Interrupted where `progress` says to stop.
+    """
+    search = _Search(teacher, data, config or SearchConfig(), progress or SearchProgress(), policies)
+    with RunDirectory(Path(out), search.settings(), resume, command) as directory:
+        return search.run(directory)
+
+
+class _Search:
+    directory: RunDirectory
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        data: ImageData,
+        config: SearchConfig,
+        progress: SearchProgress,
+        policies: str | os.PathLike[str] | None,
+    ) -> None:
+        self.config, self.data, self.progress = config, data, progress
+        self.device = data.train.images.device
+        self.policies = {} if policies is None else read_tensors(Path(policies))
+        self.calibration = self._calibration_images()
+        self.given = copy.deepcopy(teacher).eval().to(self.device, torch.float32)
+
+    def settings(self) -> dict[str, Any]:
+        """What config.json says of this run."""
+        return {**asdict(self.config), "data": _preprocessing(self.data), "teacher": _digest(self.given)}
+
+    def run(self, directory: RunDirectory) -> Result:
+        self.directory = directory
+        self._prepare()
+        directory.begin()
+        held = directory.checkpoint or {"trained": [], "stage": None}
+        self.trained: list[dict[str, Any]] = held["trained"]
+        student: nn.Module = self.teacher.module
+        chosen: list[Chosen] = []
+        names = STAGES[self.config.stages]
+        for name in names:
+            # stage 2 starts from the trained student of stage 1
+            space = self._space(student) if chosen else self.space
+            if len(chosen) == len(self.trained):
+                stage = self._stage(name, space)
+                if held["stage"] is not None and held["stage"]["name"] == name:
+                    self._restore(stage, held["stage"])
+                self._search(stage)
+                self._train_best(stage, last=name == names[-1])
+            done = self.trained[len(chosen)]
+            arch = Architecture.from_json(done["architecture"])
+            chosen.append(Chosen(name, space, arch))
+            student = space.build(arch, "inherit")
+            student.load_state_dict(done["student"])
+        directory.write_tensors("policies.pt", {done["name"]: done["policy"] for done in self.trained})
+        return finish(
+            directory=directory,
+            data=self.data,
+            config=self.config,
+            constraints=self.constraints,
+            teacher=self.teacher.module,
+            student=student,
+            chosen=chosen,
+            points=[Point(**point) for done in self.trained for point in json.loads(done["points"])],
+            progress=self.progress,
+        )
+
+    # What all stages share
+
+    def _prepare(self) -> None:
+        """Look at the teacher: its space, accuracy and costs."""
+        teacher, config = self.given, self.config
+        space = self._space(teacher)
+        if not isinstance(run(teacher, self.calibration[:2]), Tensor):
+            teacher = space.build(space.teacher, "inherit")  # of several outputs it gives the logits
+        found = _checked_accuracy(teacher, self.data)
+        latency = latency_of(teacher, self.data, config)
+        self.teacher = _Teacher(
+            module=teacher,
+            cost=Cost(space.teacher.params, space.teacher.macs, latency),
+            accuracy=found,
+            logits=TeacherLogits(teacher, self.data.train),
+        )
+        least = config.min_accuracy
+        if config.max_drop is not None:
+            least = max(least or 0.0, found - config.max_drop / 100)
+        self.constraints = Constraints(config.max_params, config.max_macs, config.max_latency, least)
+        for warning in space.warnings:
+            self.progress.message(f"warning: {warning}")
+        timed = "" if latency is None else f", {latency:.2f} ms"
+        self.progress.message(f"teacher: {space.teacher.params:,} params{timed}, validation accuracy {found:.2%}")
+        self.space = space
+
+    def _space(self, teacher: nn.Module) -> ArchitectureSpace:
+        looks = self.config.init in ("reconstructed", "calibrated") or self.config.saliency == "activations"
+        images = self.calibration if looks else None
+        config = self.config
+        return ArchitectureSpace(
+            teacher, self.calibration[:2], images, saliency=config.saliency, leaf=config.leaf, round_to=config.round_to
+        )
+
+    def _stage(self, name: str, space: ArchitectureSpace) -> _Stage:
+        """A stage at its beginning."""
+        config = self.config
+        removes = name == "removal"
+        features = space.features().shape[1]
+        policy: RemovalPolicy | ShrinkagePolicy
+        with seeded(derived(config.seed, name, "policy"), torch.device("cpu")):
+            if removes:
+                policy = RemovalPolicy(features, config.hidden, config.lstm_layers, config.keep_probability)
+            else:
+                policy = ShrinkagePolicy(
+                    features, len(config.ratios), config.hidden, config.lstm_layers, config.keep_probability
+                )
+        if self.policies:
+            _transfer(policy, self.policies, name)
+        rate = config.removal_learning_rate if removes else config.shrinkage_learning_rate
+        return _Stage(
+            name=name,
+            space=space,
+            evaluator=Evaluator(name, space, self.data, self.teacher.logits, self.calibration, config),
+            policy=policy,
+            mask=torch.tensor([layer.removable for layer in space.layers])
+            if removes
+            else torch.tensor(space.choices(space.teacher)).T,
+            architecture_of=_remove(space) if removes else _shrink(space, config.ratios),
+            optimizer=torch.optim.Adam(policy.parameters(), rate),
+            generator=torch.Generator().manual_seed(derived(config.seed, name, "actions")),
+        )
+
+    # One stage
+
+    def _search(self, stage: _Stage) -> None:
+        """REINFORCE with a moving-average baseline (equation 3)."""
+        config, policy = self.config, stage.policy
+        features = stage.space.features()
+        best: Rollout | None = None
+        self.progress.stage(stage.name, config.updates * config.rollouts)
+        while stage.update < config.updates:
+            self._train_anchors(stage)
+            actions = policy.sample(features, stage.mask, config.rollouts, stage.generator)
+            rewards = []
+            for rollout in self._evaluate(stage, actions):
+                rewards.append(rollout.reward)
+                if rollout.accuracy is not None and (best is None or _better(rollout, best)):
+                    best = rollout
+                self.progress.rollout(rollout, best, self._compression(best))
+                if self.progress.stopping():
+                    raise Interrupted(self.directory.path)
+            self._learn(stage, features, actions, torch.tensor(rewards))
+            stage.update += 1
+            self._save(stage)
+        if all(evaluation.accuracy is None for _, evaluation in stage.evaluated.values()):
+            raise BadInput(
+                f"{stage.name}: none of {config.updates * config.rollouts} students could be evaluated; "
+                "raise --rollouts or lower --learning-rate"
+            )
+
+    def _learn(self, stage: _Stage, features: Tensor, actions: Tensor, rewards: Tensor) -> None:
+        """One step of the policy, each rollout's actions credited with its own advantage."""
+        config, mean = self.config, float(rewards.mean())
+        baseline = mean if stage.baseline is None else stage.baseline
+        advantages = rewards - baseline
+        if config.normalise and len(rewards) > 1:
+            advantages = advantages / rewards.std().clamp_min(1e-3)
+        loss = -(advantages * stage.policy.log_prob(features, stage.mask, actions)).mean()
+        if config.entropy:
+            loss = loss - config.entropy * stage.policy.entropy(features, stage.mask, actions)
+        stage.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        stage.optimizer.step()
+        stage.baseline = baseline + (1 - config.baseline_decay) * (mean - baseline)
+
+    def _evaluate(self, stage: _Stage, actions: Tensor) -> Iterator[Rollout]:
+        """The rollouts of one update, in order; each is in the journal before it is given."""
+        for index, row in enumerate(actions.tolist()):
+            try:
+                arch = self._architecture(stage, row)
+            except DegenerateArchitecture as reason:
+                rollout = self._degenerate(stage, index, row, str(reason))
+            else:
+                seen = self.config.reuse and arch.key in stage.evaluated
+                if not seen:
+                    stage.evaluated[arch.key] = arch, self._found(stage, arch, "rollout", index)
+                rollout = self._credited(stage, index, row, arch, stage.evaluated[arch.key][1], seen)
+            self.directory.append({"kind": "rollout", **asdict(rollout)})
+            yield rollout
+
+    def _architecture(self, stage: _Stage, actions: list[Any]) -> Architecture:
+        arch = stage.architecture_of(actions)
+        if arch.params >= self.teacher.cost.params:
+            raise DegenerateArchitecture("no smaller than the teacher")
+        return arch
+
+    def _found(self, stage: _Stage, arch: Architecture, kind: str, index: int) -> Evaluation:
+        """The evaluation of an architecture, from the journal if a run that was cut off had it already."""
+        line = self.directory.recovered.get((kind, stage.name, stage.update, index))
+        if line is not None and line["architecture"] == arch.key and not line.get("cached"):
+            return Evaluation(line["proxy_accuracy"], line["latency"], line["seconds"], line["error"])
+        of = (arch.key,) if self.config.reuse else (stage.update, index)
+        return stage.evaluator.evaluate(arch, derived(self.config.seed, stage.name, *of))
+
+    def _credited(
+        self, stage: _Stage, index: int, actions: list[Any], arch: Architecture, evaluation: Evaluation, cached: bool
+    ) -> Rollout:
+        """The line of an evaluated student, with its reward by the map of this moment."""
+        judged = self._judge(stage, arch, evaluation)
+        value = DEGENERATE
+        if judged is not None:
+            value = judged.reward
+            if judged.violation > 0:
+                value = self.constraints.anneal(value, stage.update)
+        return Rollout(
+            stage=stage.name,
+            update=stage.update,
+            index=index,
+            actions=actions,
+            architecture=arch.key,
+            params=arch.params,
+            macs=arch.macs,
+            latency=evaluation.latency,
+            proxy_accuracy=evaluation.accuracy,
+            accuracy=judged.accuracy if judged else None,
+            accuracy_error=judged.error if judged else None,
+            reward=value,
+            feasible=judged is not None and judged.violation == 0,
+            cached=cached,
+            seconds={} if cached else evaluation.seconds,
+            error=evaluation.error,
+        )
+
+    def _degenerate(self, stage: _Stage, index: int, actions: list[Any], reason: str) -> Rollout:
+        """The line of a student that is known to be worth nothing before anything is built."""
+        none = dict.fromkeys(
+            ("architecture", "params", "macs", "latency", "proxy_accuracy", "accuracy", "accuracy_error")
+        )
+        return Rollout(
+            stage=stage.name,
+            update=stage.update,
+            index=index,
+            actions=actions,
+            reward=DEGENERATE,
+            feasible=False,
+            cached=False,
+            seconds={},
+            error=reason,
+            **none,
+        )
+
+    def _judge(self, stage: _Stage, arch: Architecture, evaluation: Evaluation) -> _Judged | None:
+        """What a student is expected to be worth; None where its training failed."""
+        if evaluation.accuracy is None:
+            return None
+        expected, error = stage.map(evaluation.accuracy)
+        return self._judged(arch, evaluation, expected, error)
+
+    def _judged(self, arch: Architecture, evaluation: Evaluation, accuracy: float, error: float) -> _Judged:
+        teacher, objective = self.teacher, self.config.objective
+        cost = Cost(arch.params, arch.macs, evaluation.latency)
+        value = reward(accuracy, cost.of(objective), teacher.accuracy, teacher.cost.of(objective))
+        return _Judged(arch, cost, accuracy, error, value, self.constraints.violation(cost, accuracy))
+
+    # Anchors
+
+    def _train_anchors(self, stage: _Stage) -> None:
+        """Train the anchors that are due: all of the first at once, later one from where the policy is."""
+        config = self.config
+        if config.anchors == 0:
+            return
+        later = stage.update // config.anchor_every if config.anchor_every else 0
+        due = config.anchors + later
+        while len(stage.anchors) < due:
+            number = len(stage.anchors)
+            arch = self._spread(stage, number) if number < config.anchors else self._best_unanchored(stage)
+            if arch is None:
+                stage.anchors.append(("", None))
+                continue
+            self._train_anchor(stage, arch, number)
+            self._fit_map(stage)
+            self._save(stage)
+            self.directory.drop_training()
+            self.progress.stage(stage.name, (config.updates - stage.update) * config.rollouts)
+
+    def _train_anchor(self, stage: _Stage, arch: Architecture, number: int) -> None:
+        line = self.directory.recovered.get(("anchor", stage.name, stage.update, number))
+        if arch.key not in stage.evaluated:
+            stage.evaluated[arch.key] = arch, self._found(stage, arch, "anchor", number)
+        evaluation = stage.evaluated[arch.key][1]
+        start = time.perf_counter()
+        if line is not None and line["architecture"] == arch.key:
+            found, seconds = line["accuracy"], line["training_seconds"]
+        else:
+            found, _ = self._trained(stage, arch, self.config.anchor_epochs, f"anchor {number + 1} of {stage.name}")
+            seconds = round(time.perf_counter() - start, 4)
+        stage.anchors.append((arch.key, found))
+        self.directory.append(
+            {
+                "kind": "anchor",
+                "stage": stage.name,
+                "update": stage.update,
+                "index": number,
+                "architecture": arch.key,
+                "params": arch.params,
+                "macs": arch.macs,
+                "latency": evaluation.latency,
+                "proxy_accuracy": evaluation.accuracy,
+                "accuracy": found,
+                "seconds": evaluation.seconds,
+                "training_seconds": seconds,
+                "error": evaluation.error,
+            }
+        )
+
+    def _fit_map(self, stage: _Stage) -> None:
+        """Fit the map anew; rewards given before stay as they are."""
+        stage.map = self._map_of(stage)
+        if stage.map.count:
+            self.directory.append({"kind": "map", "stage": stage.name, "update": stage.update, **asdict(stage.map)})
+            error = "" if stage.map.error is None else f", {100 * stage.map.error:.1f} points off when left out"
+            self.progress.message(f"{stage.name}: accuracies are corrected by {stage.map.count} anchors{error}")
+
+    @staticmethod
+    def _map_of(stage: _Stage) -> ProxyMap:
+        pairs = ((key, stage.evaluated[key][1].accuracy, found) for key, found in stage.anchors if found is not None)
+        return ProxyMap.fit([Anchor(key, proxy, found) for key, proxy, found in pairs if proxy is not None])
+
+    def _spread(self, stage: _Stage, number: int) -> Architecture | None:
+        """The architecture of one of the first anchors, from a mild to a severe compression; None if none was found."""
+        generator = torch.Generator().manual_seed(derived(self.config.seed, stage.name, "anchor", number))
+        severity = (number + 0.5) / self.config.anchors
+        for _ in range(SPREAD_TRIES):
+            actions = stage.policy.spread(stage.mask, severity, generator).tolist()
+            try:
+                arch = self._architecture(stage, actions)
+            except DegenerateArchitecture:
+                continue
+            if all(arch.key != key for key, _ in stage.anchors):
+                return arch
+        return None
+
+    def _best_unanchored(self, stage: _Stage) -> Architecture | None:
+        """The best of the last students that were evaluated, which tell where the policy is."""
+        anchored = {key for key, _ in stage.anchors}
+        recent = list(stage.evaluated.items())[-2 * self.config.rollouts :]
+        found = [self._judge(stage, *pair) for key, pair in recent if key not in anchored]
+        best = max((judged for judged in found if judged is not None), key=lambda judged: judged.rank, default=None)
+        return None if best is None else best.architecture
+
+    # The best
+
+    def _train_best(self, stage: _Stage, last: bool) -> None:
+        """Train the best of a stage in full, and keep the best of these; in the first stage there is only one."""
+        config = self.config
+        epochs, count = (config.final_epochs, config.keep_top) if last else (config.stage_epochs, 1)
+        stage.map = self._map_of(stage)
+        ranked = self._ranked(stage)[:count]
+        for number, judged in enumerate(ranked[len(stage.finals) :], len(stage.finals)):
+            arch = judged.architecture
+            which = f" {number + 1}" if len(ranked) > 1 else ""
+            found, student = self._trained(stage, arch, epochs, f"the best{which} of {stage.name}")
+            if student is None:
+                continue
+            line = {"kind": "final", "stage": stage.name, "update": stage.update, "index": number}
+            described = {"architecture": arch.key, "params": arch.params, "macs": arch.macs, "accuracy": found}
+            self.directory.append({**line, **described})
+            stage.finals.append((arch.key, float(found or 0), independent_copy(student).state_dict()))
+            self._save(stage)
+            self.directory.drop_training()
+        if not stage.finals:
+            raise BadInput("the training of the best student diverged; lower --final-learning-rate")
+        finals = [(self._judged(*stage.evaluated[key], found, 0.0), state) for key, found, state in stage.finals]
+        best, state = max(finals, key=lambda pair: pair[0].rank)
+        self.trained.append(
+            {
+                "name": stage.name,
+                "architecture": best.architecture.to_json(),
+                "student": state,
+                "policy": stage.policy.state_dict(),
+                "points": json.dumps([asdict(point) for point in self._points(stage)]),
+            }
+        )
+        self._save(None)
+
+    def _ranked(self, stage: _Stage) -> list[_Judged]:
+        """All evaluated students, the best first, by the map as it is now."""
+        judged = [self._judge(stage, arch, evaluation) for arch, evaluation in stage.evaluated.values()]
+        return sorted((j for j in judged if j is not None), key=lambda j: j.rank, reverse=True)
+
+    def _trained(
+        self, stage: _Stage, arch: Architecture, epochs: float, purpose: str
+    ) -> tuple[float | None, fx.GraphModule | None]:
+        """A fully trained student and its validation accuracy; None where the training diverged."""
+        keeper = self.directory.training(f"{purpose} {arch.key}", self.progress.stopping)
+        try:
+            student = stage.evaluator.train(arch, epochs, purpose, self.progress, keeper)
+        except Diverged as error:
+            self.progress.message(f"{purpose}: the training diverged ({error})")
+            return None, None
+        return accuracy(student, self.data.validation), student
+
+    def _points(self, stage: _Stage) -> list[Point]:
+        """Every evaluated student with the best that is known of its accuracy."""
+        known = {key: found for key, found in stage.anchors if found is not None}
+        known |= {key: found for key, found, _ in stage.finals}
+        points = []
+        for key, (arch, evaluation) in stage.evaluated.items():
+            judged = self._judge(stage, arch, evaluation)
+            if judged is not None:
+                trained = key in known
+                points.append(Point(stage.name, key, arch.params, arch.macs, known.get(key, judged.accuracy), trained))
+        return points
+
+    def _compression(self, best: Rollout | None) -> float | None:
+        return None if best is None or best.params is None else self.teacher.cost.params / max(1, best.params)
+
+    # State
+
+    def _save(self, stage: _Stage | None) -> None:
+        """The checkpoint: all that `_restore` needs to go on as if nothing had happened."""
+        self.directory.save({"trained": self.trained, "stage": None if stage is None else _state_of(stage)})
+
+    def _restore(self, stage: _Stage, state: dict[str, Any]) -> None:
+        stage.update, stage.baseline = state["update"], state["baseline"]
+        stage.policy.load_state_dict(state["policy"])
+        stage.optimizer.load_state_dict(state["optimizer"])
+        stage.generator.set_state(state["generator"])
+        for arch, evaluation in json.loads(state["evaluated"]):
+            found = Architecture.from_json(json.dumps(arch))
+            stage.evaluated[found.key] = found, Evaluation(**evaluation)
+        stage.anchors = [(key, found) for key, found in state["anchors"]]
+        stage.finals = [(key, found, student) for key, found, student in state["finals"]]
+        stage.map = self._map_of(stage)
+
+    def _calibration_images(self) -> Tensor:
+        """Unlabelled training images, (n, C, H, W) normalised, drawn by the seed."""
+        split = self.data.train
+        generator = torch.Generator().manual_seed(derived(self.config.seed, "calibration"))
+        index = torch.randperm(len(split), generator=generator)[: self.config.calibration_images]
+        images, _ = split.batch(index.to(self.device))
+        return images
 
 
 def _remove(space: ArchitectureSpace) -> Callable[[list[int]], Architecture]:
@@ -155,273 +584,36 @@ def _shrink(space: ArchitectureSpace, ratios: Sequence[float]) -> Callable[[list
     )
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """The teacher, which every stage's logits and rewards refer to."""
-
-    module: nn.Module
-    params: int
-    accuracy: float
-    logits: TeacherLogits
+def _better(rollout: Rollout, best: Rollout) -> bool:
+    """Whether a rollout is to be shown as the best so far."""
+    return (rollout.feasible, rollout.reward) > (best.feasible, best.reward)
 
 
-def compress(
-    teacher: nn.Module,
-    data: ImageData,
-    config: SearchConfig | None = None,
-    out: str | os.PathLike[str] = "runs/n2n",
-    progress: SearchProgress | None = None,
-) -> Result:
-    """Search for the student of best reward, train it fully and write the run directory `out`.
-
-    teacher: a trained classifier of images (N, C, H, W); `data` on its device. The test split is read once, at the
-    end. On a CPU the same seed gives the same result. Raises BadInput where teacher, data or `out` cannot be used.
-    """
-    return _Search(teacher, data, config or SearchConfig(), Path(out), progress or SearchProgress()).run()
-
-
-class _Search:
-    def __init__(
-        self, teacher: nn.Module, data: ImageData, config: SearchConfig, out: Path, progress: SearchProgress
-    ) -> None:
-        self.config, self.data, self.progress = config, data, progress
-        self.constraints = Constraints(config.max_params, config.min_accuracy)
-        self.device = data.train.images.device
-        self.calibration = self._calibration_images()
-        teacher = copy.deepcopy(teacher).eval().to(self.device, torch.float32)
-        self.out = _claim(out)
-        space = self._space(teacher)
-        if not isinstance(run(teacher, self.calibration[:2]), Tensor):
-            teacher = space.build(space.teacher, "inherit")  # of several outputs it gives the logits
-        self.teacher = _Reference(
-            module=teacher,
-            params=space.teacher.params,
-            accuracy=_checked_accuracy(teacher, data),
-            logits=TeacherLogits(teacher, data.train),
-        )
-        for warning in space.warnings:
-            progress.message(f"warning: {warning}")
-        progress.message(f"teacher: {space.teacher.params:,} params, validation accuracy {self.teacher.accuracy:.2%}")
-        self.space = space
-
-    def run(self) -> Result:
-        student: nn.Module = self.teacher.module
-        chosen: list[tuple[str, ArchitectureSpace, Architecture]] = []
-        _write_json(self.out / "config.json", {**asdict(self.config), "data": _preprocessing(self.data)})
-        with (self.out / "history.jsonl").open("w", encoding="utf-8") as history:
-            for name in STAGES[self.config.stages]:
-                # stage 2 starts from the trained student of stage 1
-                space = self._space(student) if chosen else self.space
-                best = self._search(self._stage(name, space), history)
-                chosen.append((name, space, best.architecture))
-                student = self._train_best(name, space, best.architecture)
-        return self._finish(student, chosen)
-
-    def _space(self, teacher: nn.Module) -> ArchitectureSpace:
-        looks = self.config.init in ("reconstructed", "calibrated") or self.config.saliency == "activations"
-        images = self.calibration if looks else None
-        config = self.config
-        return ArchitectureSpace(
-            teacher, self.calibration[:2], images, saliency=config.saliency, leaf=config.leaf, round_to=config.round_to
-        )
-
-    # One stage
-
-    def _search(self, stage: _Stage, history: TextIO) -> _Candidate:
-        """REINFORCE with a moving-average baseline (equation 3); returns the best student seen."""
-        config, policy = self.config, stage.policy
-        optimizer = torch.optim.Adam(policy.parameters(), stage.learning_rate)
-        generator = torch.Generator().manual_seed(_seed(config.seed, stage.name, "actions"))
-        features = stage.space.features()
-        baseline: float | None = None
-        best: _Candidate | None = None
-        self.progress.stage(stage.name, config.updates * config.rollouts)
-        for update in range(config.updates):
-            actions = policy.sample(features, stage.mask, config.rollouts, generator)
-            rewards = []
-            for index, row in enumerate(actions.tolist()):
-                candidate = self._evaluate(stage, update, index, row)
-                rewards.append(candidate.rollout.reward)
-                if candidate.rollout.accuracy is not None and (best is None or candidate.rank > best.rank):
-                    best = candidate
-                history.write(json.dumps(asdict(candidate.rollout)) + "\n")
-                history.flush()
-                self._show(candidate, best)
-            reward_of = torch.tensor(rewards)
-            mean = float(reward_of.mean())
-            baseline = mean if baseline is None else baseline
-            loss = -((reward_of - baseline) * policy.log_prob(features, stage.mask, actions)).mean()
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            baseline += (1 - config.baseline_decay) * (mean - baseline)
-        if best is None:
-            raise BadInput(
-                f"{stage.name}: none of {config.updates * config.rollouts} students could be evaluated; "
-                "raise --rollouts or lower --learning-rate"
-            )
-        return best
-
-    def _stage(self, name: str, space: ArchitectureSpace) -> _Stage:
-        config, ratios = self.config, self.config.ratios
-        features = space.features().shape[1]
-        batches = self._batches(config.epochs, f"{name} rollouts")
-        policy: RemovalPolicy | ShrinkagePolicy
-        with seeded(_seed(config.seed, name, "policy"), torch.device("cpu")):
-            if name == "removal":
-                policy = RemovalPolicy(features, config.hidden, config.lstm_layers, config.keep_probability)
-                mask = torch.tensor([layer.removable for layer in space.layers])
-                return _Stage(name, space, policy, mask, config.removal_learning_rate, batches, _remove(space))
-            policy = ShrinkagePolicy(features, len(ratios), config.hidden, config.lstm_layers)
-        mask = torch.tensor(space.choices(space.teacher)).T
-        return _Stage(name, space, policy, mask, config.shrinkage_learning_rate, batches, _shrink(space, ratios))
-
-    def _evaluate(self, stage: _Stage, update: int, index: int, actions: list[Any]) -> _Candidate:
-        """The reward of one action sequence; a degenerate student is known before anything is built."""
-        start = time.perf_counter()
-        seed = _seed(self.config.seed, stage.name, update, index)
-        arch: Architecture | None = None
-        found, error, value, violation = None, None, DEGENERATE, math.inf
-        try:
-            arch = stage.architecture_of(actions)
-            if arch.params >= self.teacher.params:
-                raise DegenerateArchitecture("no smaller than the teacher")
-            student = self._trained(stage.space, arch, stage.batches, self.config.learning_rate, seed)
-            found = accuracy(student, self.data.validation)
-            value = reward(found, arch.params, self.teacher.accuracy, self.teacher.params)
-            violation = self.constraints.violation(arch.params, found)
-            value = value if violation == 0 else self.constraints.anneal(value, update)
-        except (DegenerateArchitecture, Diverged) as reason:
-            error = str(reason)
-        rollout = Rollout(
-            stage=stage.name,
-            update=update,
-            index=index,
-            seed=seed,
-            actions=actions,
-            architecture=arch.key if arch else None,
-            params=arch.params if arch else None,
-            macs=arch.macs if arch else None,
-            accuracy=found,
-            reward=value,
-            feasible=violation == 0,
-            seconds=round(time.perf_counter() - start, 4),
-            error=error,
-        )
-        return _Candidate(rollout, arch or stage.space.teacher, violation)
-
-    def _trained(
-        self,
-        space: ArchitectureSpace,
-        arch: Architecture,
-        batches: Batches,
-        learning_rate: float,
-        seed: int,
-        progress: Progress | None = None,
-    ) -> fx.GraphModule:
-        """The student of `arch`, its norms re-estimated and trained on `batches`. Raises Diverged."""
-        with seeded(seed, self.device):
-            student = space.build(arch, self.config.init)
-            if self.config.init != "reconstructed":  # which has done so on the way
-                recalibrate(student, torch.split(self.calibration, 128))
-            fit(
-                student,
-                batches,
-                learning_rate=learning_rate,
-                kd_weight=self.config.kd_weight,
-                progress=progress,
-            )
-        return student
-
-    def _train_best(self, stage: str, space: ArchitectureSpace, arch: Architecture) -> fx.GraphModule:
-        batches = self._batches(self.config.final_epochs, f"{stage} final")
-        self.progress.stage(f"training the best of {stage}", len(batches))
-        seed = _seed(self.config.seed, stage, "final")
-        try:
-            return self._trained(space, arch, batches, self.config.final_learning_rate, seed, self.progress)
-        except Diverged as error:
-            raise BadInput(
-                f"the training of the best student diverged ({error}); lower --final-learning-rate"
-            ) from None
-
-    def _batches(self, epochs: float, purpose: str) -> Batches:
-        config, data = self.config, self.data
-        seed = _seed(config.seed, purpose)
-        return Batches(data.train, self.teacher.logits, epochs, config.batch_size, data.augmentation, seed)
-
-    def _calibration_images(self) -> Tensor:
-        """Unlabelled training images, (n, C, H, W) normalised, drawn by the seed."""
-        split = self.data.train
-        generator = torch.Generator().manual_seed(_seed(self.config.seed, "calibration"))
-        index = torch.randperm(len(split), generator=generator)[: self.config.calibration_images]
-        images, _ = split.batch(index.to(self.device))
-        return images
-
-    def _show(self, candidate: _Candidate, best: _Candidate | None) -> None:
-        compression = None if best is None else self.teacher.params / max(1, best.architecture.params)
-        self.progress.rollout(candidate.rollout, None if best is None else best.rollout, compression)
-
-    # The end
-
-    def _finish(self, student: nn.Module, chosen: Sequence[tuple[str, ArchitectureSpace, Architecture]]) -> Result:
-        """Measure teacher and student, the test split among it for the first time, and write the artifacts."""
-        student = independent_copy(student)
-        self.progress.message("measuring teacher and student")
-        arch = chosen[-1][2]
-        table: dict[str, Any] = {
-            "data": self.data.name,
-            "teacher": self._measure(self.teacher.module, self.space.teacher),
-            "student": self._measure(student, arch),
-        }
-        table["compression"] = table["teacher"]["params"] / max(1, arch.params)
-        violation = self.constraints.violation(arch.params, table["student"]["validation_accuracy"])
-        table["feasible"] = violation == 0
-        architectures = [
-            {"stage": stage, "layers": [layer.name for layer in space.layers], **asdict(arch)}
-            for stage, space, arch in chosen
-        ]
-        _write_json(self.out / "architecture.json", architectures)
-        torch.save(student.state_dict(), self.out / "student.pt")
-        _write_json(self.out / "result.json", table)
-        try:
-            _export(student, self.calibration[:2], self.out / "student.pt2")
-        except Exception as error:  # noqa: BLE001 - what a leaf's own code raises; nothing else may be lost by it
-            self.progress.message(
-                f"warning: student.pt2 was not written, torch.export does not take the student ({first_line(error)}); "
-                "its weights are in student.pt"
-            )
-        return Result(student, table, violation == 0, self.out)
-
-    def _measure(self, model: nn.Module, arch: Architecture) -> dict[str, Any]:
-        split = self.data.validation
-        images = split.batch(torch.arange(64, device=self.device) % len(split))[0]
-        file = io.BytesIO()
-        torch.save(model.state_dict(), file)
-        return {
-            "params": arch.params,
-            "macs": arch.macs,
-            "bytes": file.getbuffer().nbytes,
-            "latency_ms": latency_ms(model, images[:1]),
-            "latency_ms_64": latency_ms(model, images),
-            "validation_accuracy": accuracy(model, split),
-            "test_accuracy": None if self.data.test is None else accuracy(model, self.data.test),
-        }
+def _state_of(stage: _Stage) -> dict[str, Any]:
+    return {
+        "name": stage.name,
+        "update": stage.update,
+        "baseline": stage.baseline,
+        "policy": stage.policy.state_dict(),
+        "optimizer": stage.optimizer.state_dict(),
+        "generator": stage.generator.get_state(),
+        "evaluated": json.dumps([[asdict(arch), asdict(found)] for arch, found in stage.evaluated.values()]),
+        "anchors": [list(anchor) for anchor in stage.anchors],
+        "finals": [list(final) for final in stage.finals],
+    }
 
 
-def load_student(run: str | os.PathLike[str]) -> nn.Module:
-    """The student of a run directory, ready for inference; needs neither the teacher nor its class.
-
-    Takes images (N, C, H, W) preprocessed as the teacher's. Raises BadInput where there is no finished run.
-    """
-    path = Path(run) / "student.pt2"
-    if not path.is_file():
-        raise BadInput(f"{run}: no student.pt2 in it; give the directory of a finished run")
-    if not zipfile.is_zipfile(path):
-        raise BadInput(f"{path}: not a student, or a truncated one; run the search again")
+def _transfer(policy: nn.Module, held: dict[str, Any], stage: str) -> None:
+    """Let the policy begin as another run's ended; one that the file does not hold begins anew."""
+    if stage not in held:
+        return
     try:
-        return torch.export.load(path).module()
-    except (RuntimeError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
-        raise BadInput(f"{path}: not a readable student ({first_line(error)})") from None
+        policy.load_state_dict(held[stage])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"--policy: its policy of {stage} does not fit ({first_line(error)}); "
+            "use the same ratios, hidden and lstm_layers"
+        ) from None
 
 
 def _checked_accuracy(teacher: nn.Module, data: ImageData) -> float:
@@ -436,27 +628,6 @@ def _checked_accuracy(teacher: nn.Module, data: ImageData) -> float:
     return found
 
 
-def _claim(out: Path) -> Path:
-    """Make the run directory; BadInput where it cannot be written or holds a run already."""
-    if (out / "config.json").exists():
-        raise BadInput(f"{out}: holds a run already; give another --out or remove it")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise BadInput(f"{out}: cannot be written ({error.strerror}); give another --out") from None
-    return out
-
-
-def _export(student: nn.Module, example: Tensor, path: Path) -> None:
-    """Write the student by torch.export, its batch size free."""
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(student.eval(), (example.contiguous(),), dynamic_shapes=({0: batch},))
-    torch.export.save(program, path)
-
-
 def _preprocessing(data: ImageData) -> dict[str, Any]:
     """What `evaluate` must know to show the student images as it was trained on them."""
     split = data.train
@@ -469,10 +640,10 @@ def _preprocessing(data: ImageData) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _seed(*parts: object) -> int:
-    """A seed of its own for everything that is random, from the run's seed and what it is for."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
+def _digest(teacher: nn.Module) -> str:
+    """A short hash of a network's tensors, which tells one teacher from another."""
+    found = hashlib.sha256()
+    for name, tensor in teacher.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]

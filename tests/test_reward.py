@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from n2n_fast.reward import ANNEALING_UPDATES, DEGENERATE, Constraints, reward
+from n2n_fast.reward import ANNEALING_UPDATES, DEGENERATE, Constraints, Cost, reward
 
 FRACTION = st.floats(0.01, 1)
 
@@ -68,9 +68,21 @@ def test_annealing_between() -> None:
         (Constraints(min_accuracy=0.0), 1, 0.0, 0.0),
         (Constraints(max_params=100, min_accuracy=0.8), 150, 0.6, 0.75),
         (Constraints(max_params=100, min_accuracy=0.8), 99, 0.81, 0.0),
+        (Constraints(max_macs=1000), 10**9, 0.5, 1.0),
+        (Constraints(max_macs=4000, max_latency=2.0), 10**9, 0.5, 0.25),
     ],
 )
 def test_violation_is_the_sum_of_the_relative_distances(
     constraints: Constraints, params: int, accuracy: float, expected: float
 ) -> None:
-    assert constraints.violation(params, accuracy) == pytest.approx(expected, abs=1e-12)
+    cost = Cost(params, 2000, 2.5)
+    assert constraints.violation(cost, accuracy) == pytest.approx(expected, abs=1e-12)
+    gaps = constraints.gaps(cost, accuracy)
+    assert all(gap > 0 for gap in gaps.values())
+    assert sum(gaps.values()) == pytest.approx(expected, abs=1e-12)
+
+
+def test_gaps_name_the_limits_that_are_missed() -> None:
+    limits = Constraints(max_params=100, max_macs=10, max_latency=2.0, min_accuracy=0.9)
+    assert set(limits.gaps(Cost(101, 9, 2.5), 0.8)) == {"params", "latency", "accuracy"}
+    assert limits.gaps(Cost(100, 10, 2.0), 0.9) == {}

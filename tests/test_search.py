@@ -8,15 +8,32 @@ import pytest
 import torch
 
 import n2n_fast
-from n2n_fast import search
+from n2n_fast import evaluation, search
+from n2n_fast import result as result_module
+from n2n_fast.config import SearchConfig
 from n2n_fast.distill import fit, seeded
 from n2n_fast.errors import BadInput
-from n2n_fast.reward import Constraints, reward
-from n2n_fast.search import SearchConfig, compress, load_student
+from n2n_fast.proxy import ProxyMap
+from n2n_fast.result import load_student
+from n2n_fast.reward import Constraints, Cost, reward
+from n2n_fast.run_directory import Interrupted
+from n2n_fast.search import compress
 from n2n_fast.space import ArchitectureSpace
 from n2n_fast.teacher import SmallResNet
 
-TINY = SearchConfig(updates=2, rollouts=3, epochs=0.5, final_epochs=1, batch_size=32, calibration_images=64)
+TINY = SearchConfig(
+    updates=2,
+    rollouts=3,
+    rollout_steps=4,
+    anchors=4,
+    anchor_epochs=0.5,
+    anchor_every=1,
+    stage_epochs=0.5,
+    final_epochs=1,
+    batch_size=32,
+    calibration_images=64,
+)
+PLAIN = replace(TINY, anchors=0)  # rewards are of accuracies as they are found
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +60,25 @@ def result(teacher, data, tmp_path_factory):
     return compress(teacher, data, TINY, tmp_path_factory.mktemp("runs") / "a")
 
 
-def lines(run):
-    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+def lines(run, kind="rollout"):
+    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    return [line for line in history if line["kind"] == kind]
+
+
+def untimed(run):
+    """The history without what a clock said."""
+    clocks = {"seconds", "training_seconds"}
+    history = (json.loads(line) for line in (run / "history.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in clocks} for line in history]
 
 
 def test_run_directory(result, teacher, data):
     names = {path.name for path in result.out.iterdir()}
     assert names >= {
         *("config.json", "history.jsonl", "student.pt2", "student.pt", "architecture.json", "result.json"),
+        *("checkpoint.pt", "policies.pt", "front.json"),
     }
+    assert "training.pt" not in names
     table = json.loads((result.out / "result.json").read_text())
     assert table == result.table
     for part, model in (("teacher", teacher), ("student", result.student)):
@@ -72,13 +99,164 @@ def test_history_holds_every_rollout_with_its_own_reward(result):
         (stage, update, index) for stage in ("removal", "shrinkage") for update in range(2) for index in range(3)
     ]
     teacher = result.table["teacher"]
+    maps = {(m["stage"], m["update"]): ProxyMap(**{k: v for k, v in m.items() if k not in ("kind", "stage", "update")})
+            for m in lines(result.out, "map")}  # fmt: skip
+    assert all(m.count >= 4 for m in maps.values())
+    assert {m.error is not None for m in maps.values()} == {True}
     for rollout in history:
         if rollout["accuracy"] is not None:
+            corrected = maps[rollout["stage"], rollout["update"]](rollout["proxy_accuracy"])
+            assert (rollout["accuracy"], rollout["accuracy_error"]) == corrected
             expected = reward(rollout["accuracy"], rollout["params"], teacher["validation_accuracy"], teacher["params"])
             assert rollout["reward"] == expected
         else:
             assert rollout["reward"] == -1
             assert rollout["error"]
+
+
+def test_anchors_are_trained_fully_and_spread_over_the_range(result):
+    anchors = lines(result.out, "anchor")
+    assert [(a["stage"], a["index"]) for a in anchors] == [(s, i) for s in ("removal", "shrinkage") for i in range(5)]
+    assert [a["update"] for a in anchors] == [0, 0, 0, 0, 1] * 2
+    for stage in ("removal", "shrinkage"):
+        sizes = [a["params"] for a in anchors if a["stage"] == stage]
+        assert len(set(sizes)) == 5
+        assert max(sizes[:4]) > 1.3 * min(sizes[:4])
+    best = max(
+        (r for r in lines(result.out) if r["stage"] == "removal" and r["update"] == 0), key=lambda r: r["reward"]
+    )
+    assert anchors[4]["architecture"] == best["architecture"] or best["architecture"] in {
+        a["architecture"] for a in anchors[:4]
+    }
+
+
+def test_the_front_holds_what_no_student_beats(result):
+    held = json.loads((result.out / "front.json").read_text())
+    everyone = lines(result.out) + lines(result.out, "anchor")
+    for by in ("params", "macs"):
+        costs, accuracies = zip(*((p[by], p["accuracy"]) for p in held[by]), strict=True)
+        assert sorted(costs) == list(costs)
+        assert sorted(accuracies) == list(accuracies)
+        assert min(costs) == min(r[by] for r in everyone if r["proxy_accuracy"] is not None)
+
+
+def test_the_best_of_those_trained_fully_is_the_result(teacher, data, tmp_path):
+    found = compress(teacher, data, replace(TINY, stages="shrinkage", keep_top=3), tmp_path / "top")
+    finals = lines(found.out, "final")
+    assert len({f["architecture"] for f in finals}) == 3
+    of = found.table["teacher"]
+    rewards = [reward(f["accuracy"], f["params"], of["validation_accuracy"], of["params"]) for f in finals]
+    best = finals[rewards.index(max(rewards))]
+    assert found.table["student"]["params"] == best["params"]
+    assert found.table["student"]["validation_accuracy"] == best["accuracy"]
+
+
+def test_an_architecture_seen_before_costs_nothing(teacher, data, tmp_path, monkeypatch):
+    evaluated = []
+    evaluate = evaluation.Evaluator.evaluate
+    monkeypatch.setattr(
+        evaluation.Evaluator, "evaluate", lambda s, arch, seed: (evaluated.append(arch.key), evaluate(s, arch, seed))[1]
+    )
+    config = replace(PLAIN, stages="removal", updates=8, rollouts=4, keep_probability=0.95)
+    history = lines(compress(teacher, data, config, tmp_path / "seen").out)
+    assert len(evaluated) == len(set(evaluated)) < len(history)
+    by_key = {}
+    for rollout in history:
+        if rollout["architecture"] is not None:
+            same = by_key.setdefault(rollout["architecture"], rollout)
+            assert rollout["cached"] == (rollout is not same)
+            assert rollout["reward"] == same["reward"]
+    evaluated.clear()
+    anew = lines(compress(teacher, data, replace(config, reuse=False), tmp_path / "anew").out)
+    assert not any(rollout["cached"] for rollout in anew)
+    assert len(evaluated) == sum(rollout["architecture"] is not None for rollout in anew)
+
+
+@pytest.mark.parametrize("objective", ["macs", "latency"])
+def test_the_objective_is_what_the_reward_counts(objective, teacher, data, tmp_path):
+    config = replace(PLAIN, stages="shrinkage", updates=1, objective=objective, latency_batch=2)
+    found = compress(teacher, data, config, tmp_path / objective)
+    of = found.table["teacher"]
+    for rollout in lines(found.out):
+        assert (rollout["latency"] is None) == (objective == "macs")
+        if objective == "macs":
+            expected = reward(rollout["accuracy"], rollout["macs"], of["validation_accuracy"], of["macs"])
+            assert rollout["reward"] == expected
+        else:
+            assert rollout["latency"] > 0
+
+
+def test_a_drop_below_the_teacher_is_a_limit(teacher, data, tmp_path):
+    config = replace(PLAIN, stages="shrinkage", updates=1, max_drop=0.5, keep_top=3)
+    found = compress(teacher, data, config, tmp_path / "drop")
+    least = found.table["teacher"]["validation_accuracy"] - 0.005
+    assert found.feasible == (found.table["student"]["validation_accuracy"] >= least)
+    for rollout in lines(found.out):
+        assert rollout["feasible"] == (rollout["accuracy"] >= least)
+
+
+def test_policies_start_where_another_run_ended(result, teacher, data, tmp_path):
+    held = torch.load(result.out / "policies.pt", weights_only=True)
+    assert set(held) == {"removal", "shrinkage"}
+    config = replace(PLAIN, stages="removal", updates=1, removal_learning_rate=0.0)
+    again = compress(teacher, data, config, tmp_path / "on", policies=result.out / "policies.pt")
+    after = torch.load(again.out / "policies.pt", weights_only=True)["removal"]
+    assert all(torch.equal(value, held["removal"][name]) for name, value in after.items())
+    with pytest.raises(BadInput, match="policy of removal does not fit"):
+        compress(teacher, data, replace(config, hidden=7), tmp_path / "off", policies=result.out / "policies.pt")
+    (tmp_path / "text.pt").write_text("no policy")
+    with pytest.raises(BadInput, match="not written by n2n-fast, or damaged"):
+        compress(teacher, data, config, tmp_path / "text", policies=tmp_path / "text.pt")
+
+
+def test_policies_learn_what_is_rewarded(teacher, data, tmp_path):
+    """With a reward that only counts params, the policy comes to remove more, and chance does not."""
+    config = replace(PLAIN, stages="removal", updates=40, rollouts=4, rollout_steps=0, validation_images=8)
+    late = {}
+    for rate in (0.02, 0.0):
+        found = compress(teacher, data, replace(config, removal_learning_rate=rate), tmp_path / str(rate))
+        late[rate] = sum(rollout["reward"] for rollout in lines(found.out)[-40:]) / 40
+    assert late[0.02] > late[0.0] + 0.05
+
+
+class Stops(search.SearchProgress):
+    """Asks for a stop after so many calls."""
+
+    def __init__(self, calls):
+        self.left = calls
+
+    def stopping(self):
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("calls", [0, 7, 20, 33, 51, 64])
+def test_an_interrupted_search_goes_on_to_the_same_end(calls, result, teacher, data, tmp_path):
+    with pytest.raises(Interrupted):
+        compress(teacher, data, TINY, tmp_path / "run", Stops(calls))
+    resumed = compress(teacher, data, TINY, tmp_path / "run", resume=True)
+    assert untimed(resumed.out) == untimed(result.out)
+    for name, value in resumed.student.state_dict().items():
+        assert torch.equal(value, result.student.state_dict()[name])
+    for stage, policy in torch.load(resumed.out / "policies.pt", weights_only=True).items():
+        expected = torch.load(result.out / "policies.pt", weights_only=True)[stage]
+        assert all(torch.equal(value, expected[name]) for name, value in policy.items())
+
+
+def test_a_finished_search_can_be_resumed_to_the_same_end(result, teacher, data):
+    before = untimed(result.out)
+    again = compress(teacher, data, TINY, result.out, resume=True)
+    assert untimed(result.out) == before
+    assert again.table["student"]["test_accuracy"] == result.table["student"]["test_accuracy"]
+
+
+def test_a_run_goes_on_with_its_own_settings_alone(result, teacher, data):
+    with pytest.raises(BadInput, match=r"another configuration: rollouts \(3 there, 4 here\)"):
+        compress(teacher, data, replace(TINY, rollouts=4), result.out, resume=True)
+    other = copy.deepcopy(teacher)
+    torch.nn.init.zeros_(next(other.parameters())[:1])
+    with pytest.raises(BadInput, match="another configuration: teacher"):
+        compress(other, data, TINY, result.out, resume=True)
 
 
 def test_student_is_reloaded_without_its_class(result, data):
@@ -92,26 +270,26 @@ def test_student_is_reloaded_without_its_class(result, data):
 
 def test_same_seed_same_result(result, teacher, data, tmp_path):
     again = compress(teacher, data, TINY, tmp_path / "b")
-    for a, b in zip(lines(result.out), lines(again.out), strict=True):
-        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    assert untimed(result.out) == untimed(again.out)
     for name, value in again.student.state_dict().items():
         assert torch.equal(value, result.student.state_dict()[name])
 
 
 def test_another_seed_another_history(result, teacher, data, tmp_path):
-    other = compress(teacher, data, replace(TINY, seed=1, stages="removal", updates=1), tmp_path / "c")
+    other = compress(teacher, data, replace(PLAIN, seed=1, stages="removal", updates=1), tmp_path / "c")
     assert [r["actions"] for r in lines(other.out)] != [r["actions"] for r in lines(result.out)[:3]]
 
 
 def test_test_split_is_read_only_at_the_end(teacher, data, tmp_path, monkeypatch):
     events = []
-    measured, trained = search.accuracy, search.fit
-    monkeypatch.setattr(
-        search,
-        "accuracy",
-        lambda m, split: (events.append("test" if split is data.test else ""), measured(m, split))[1],
-    )
-    monkeypatch.setattr(search, "fit", lambda *a, **k: (events.append("fit"), trained(*a, **k))[1])
+    measured, trained = n2n_fast.data.accuracy, evaluation.fit
+    for module in (search, evaluation, result_module):
+        monkeypatch.setattr(
+            module,
+            "accuracy",
+            lambda m, split: (events.append("test" if split is data.test else ""), measured(m, split))[1],
+        )
+    monkeypatch.setattr(evaluation, "fit", lambda *a, **k: (events.append("fit"), trained(*a, **k))[1])
     compress(teacher, data, replace(TINY, stages="shrinkage", updates=1), tmp_path / "d")
     assert events.count("test") == 2
     assert "fit" not in events[events.index("test") :]
@@ -132,7 +310,7 @@ def test_degenerate_students_are_never_built(teacher, data, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(("init", "saliency"), [("inherit", "activations"), ("calibrated", "l1"), ("random", None)])
 def test_what_students_start_from_can_be_chosen(teacher, data, tmp_path, init, saliency):
-    config = replace(TINY, stages="shrinkage", updates=1, init=init, saliency=saliency)
+    config = replace(PLAIN, stages="shrinkage", updates=1, init=init, saliency=saliency)
     found = compress(teacher, data, config, tmp_path / "g")
     assert json.loads((found.out / "config.json").read_text())["saliency"] == saliency
     assert {line["error"] for line in lines(found.out)} <= {None, "no smaller than the teacher"}
@@ -146,13 +324,14 @@ def test_stage_two_starts_from_the_trained_student_of_stage_one(result):
 
 
 def test_unmet_limits_are_told_and_the_nearest_student_is_saved(teacher, data, tmp_path):
-    config = replace(TINY, stages="shrinkage", updates=2, max_params=1)
+    config = replace(PLAIN, stages="shrinkage", updates=2, max_params=1)
     found = compress(teacher, data, config, tmp_path / "f")
     assert not found.feasible
     history = lines(found.out)
     limits = Constraints(max_params=1)
-    nearest = min(limits.violation(r["params"], r["accuracy"]) for r in history)
-    assert limits.violation(found.table["student"]["params"], 1.0) == nearest
+    nearest = min(limits.violation(Cost(r["params"], r["macs"]), r["accuracy"]) for r in history)
+    assert found.table["gaps"] == {"params": pytest.approx(found.table["student"]["params"] - 1)}
+    assert limits.violation(Cost(found.table["student"]["params"], 0), 1.0) <= 1.5 * nearest  # the best of the nearest
     plain = [reward(r["accuracy"], r["params"], found.table["teacher"]["validation_accuracy"],
                     found.table["teacher"]["params"]) for r in history]  # fmt: skip
     assert [r["reward"] for r in history[:3]] == plain[:3]
@@ -161,15 +340,15 @@ def test_unmet_limits_are_told_and_the_nearest_student_is_saved(teacher, data, t
 
 def test_a_diverging_student_scores_minus_one_and_the_search_goes_on(teacher, data, tmp_path, monkeypatch):
     count = iter(range(100))
-    trained = search.fit
+    trained = evaluation.fit
 
     def fails_once(*args, **kwargs):
         if next(count) == 1:
             raise search.Diverged("the loss is nan at step 10")
         return trained(*args, **kwargs)
 
-    monkeypatch.setattr(search, "fit", fails_once)
-    found = compress(teacher, data, replace(TINY, stages="removal", updates=1), tmp_path / "g")
+    monkeypatch.setattr(evaluation, "fit", fails_once)
+    found = compress(teacher, data, replace(PLAIN, stages="removal", updates=1), tmp_path / "g")
     history = lines(found.out)
     assert [r["reward"] == -1 for r in history] == [False, True, False]
     assert history[1]["error"] == "the loss is nan at step 10"
@@ -191,13 +370,23 @@ def test_a_teacher_at_chance_is_refused_with_a_hint(data, tmp_path):
 
 def test_the_teacher_is_not_touched(teacher, data, tmp_path):
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    compress(teacher, data, replace(TINY, stages="removal", updates=1, rollouts=1), tmp_path / "i")
+    compress(teacher, data, replace(PLAIN, stages="removal", updates=1, rollouts=1), tmp_path / "i")
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
 
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("updates", 0), ("ratios", (0.5, 0.2)), ("stages", "all"), ("epochs", float("nan")), ("min_accuracy", 1.5)],
+    [
+        ("updates", 0),
+        ("ratios", (0.5, 0.2)),
+        ("stages", "all"),
+        ("epochs", float("nan")),
+        ("min_accuracy", 1.5),
+        ("objective", "price"),
+        ("max_latency", 0.0),
+        ("keep_top", 0),
+        ("max_drop", -1.0),
+    ],
 )
 def test_useless_settings_are_refused(setting, value):
     with pytest.raises(BadInput, match=setting):
@@ -240,7 +429,7 @@ def test_a_teacher_in_half_precision_with_two_outputs_and_a_leaf(teacher, data, 
     unusual = TwoHeads(copy.deepcopy(teacher)).half()
     with pytest.raises(BadInput, match="'careful' as `leaf`"):
         compress(unusual, data, TINY, tmp_path / "untraceable")
-    config = replace(TINY, leaf=("careful",), round_to=4, ratios=(0.5, 1.0))
+    config = replace(PLAIN, leaf=("careful",), round_to=4, ratios=(0.5, 1.0))
     told = Told()
     result = compress(unusual, data, config, tmp_path / "run", told)
     assert any("student.pt2 was not written" in message for message in told.messages)

@@ -1,0 +1,140 @@
+"""What a student is worth: the accuracy that a few steps give it, and its training in full (section 3.3)."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from n2n_fast.config import SearchConfig
+from n2n_fast.data import Batches, ImageData, Split, TeacherLogits, accuracy
+from n2n_fast.distill import BatchSource, Diverged, Keeper, Progress, fit, latency_ms, recalibrate, seeded
+from n2n_fast.graph import Architecture
+from n2n_fast.seeds import derived
+from n2n_fast.space import ArchitectureSpace
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found of a student. accuracy: after the few steps, on the images set aside for rollouts; None where
+    `error` says why there is none. latency: ms, where the search asks for it. seconds: of each part of the work.
+    """
+
+    accuracy: float | None
+    latency: float | None
+    seconds: dict[str, float]
+    error: str | None = None
+
+
+class Evaluator:
+    """Builds, trains and tries the students of one space. The same architecture and seed give the same result.
+
+    All rollouts share their batches, the teacher's logits for them, and the images that they are tried on, so that
+    students differ by what they are and not by what they saw.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        space: ArchitectureSpace,
+        data: ImageData,
+        logits: TeacherLogits,
+        calibration: Tensor,
+        config: SearchConfig,
+    ) -> None:
+        """stage: its name, which seeds the batches. calibration: images (N, C, H, W) for the norms' statistics."""
+        self.stage, self.space, self.data, self.config = stage, space, data, config
+        self._logits, self._calibration = logits, calibration
+        self._device = data.train.images.device
+        steps_per_epoch = max(1, len(data.train) // config.batch_size)
+        epochs = config.rollout_steps / steps_per_epoch if config.epochs is None else config.epochs
+        self._rollout_batches = self._batches(epochs, keep=True)
+        self._images = _subset(data.validation, config.validation_images, derived(config.seed, "validation"))
+
+    def evaluate(self, arch: Architecture, seed: int) -> Evaluation:
+        """A student after the few steps of a rollout."""
+        clock = _Clock()
+        with seeded(seed, self._device):
+            student = self._build(arch)
+            clock.note("build")
+            latency = latency_of(student, self.data, self.config)
+            clock.note("latency")
+            error = None
+            try:
+                self._fit(student, self._rollout_batches, self.config.learning_rate)
+            except Diverged as reason:
+                error = str(reason)
+            clock.note("train")
+        found = None if error else accuracy(student, self._images)
+        clock.note("validate")
+        return Evaluation(found, latency, clock.seconds, error)
+
+    def train(
+        self,
+        arch: Architecture,
+        epochs: float,
+        purpose: str,
+        progress: Progress | None = None,
+        keeper: Keeper | None = None,
+    ) -> fx.GraphModule:
+        """A student trained in full, on batches that begin alike for all. purpose: for progress. Raises Diverged."""
+        batches = self._batches(epochs, views=self.data.augmentation.views if self.data.augmentation else None)
+        if progress is not None:
+            progress.stage(f"training {purpose}", len(batches))
+        with seeded(derived(self.config.seed, self.stage, "training", arch.key), self._device):
+            student = self._build(arch)
+            self._fit(student, batches, self.config.final_learning_rate, progress, keeper)
+        return student
+
+    def _build(self, arch: Architecture) -> fx.GraphModule:
+        student = self.space.build(arch, self.config.init)
+        if self.config.init != "reconstructed":  # which has re-estimated norms on the way
+            recalibrate(student, torch.split(self._calibration, 128))
+        return student
+
+    def _fit(
+        self,
+        student: fx.GraphModule,
+        batches: BatchSource,
+        learning_rate: float,
+        progress: Progress | None = None,
+        keeper: Keeper | None = None,
+    ) -> None:
+        kd_weight = self.config.kd_weight
+        fit(student, batches, learning_rate=learning_rate, kd_weight=kd_weight, progress=progress, keeper=keeper)
+
+    def _batches(self, epochs: float, views: int | None = None, keep: bool = False) -> Batches:
+        config, data = self.config, self.data
+        seed = derived(config.seed, "batches")
+        return Batches(
+            data.train, self._logits, epochs, config.batch_size, data.augmentation, seed, views=views, keep=keep
+        )
+
+
+def latency_of(model: nn.Module, data: ImageData, config: SearchConfig) -> float | None:
+    """Median ms of a forward pass over `latency_batch` images, where the search asks for it."""
+    if not config.times:
+        return None
+    images = data.validation
+    index = torch.arange(config.latency_batch, device=images.labels.device) % len(images)
+    return latency_ms(model, images.batch(index)[0])
+
+
+class _Clock:
+    """Seconds between notes, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def note(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part], self._last = round(now - self._last, 4), now
+
+
+def _subset(split: Split, count: int | None, seed: int) -> Split:
+    """`count` images of a split, drawn by the seed; the split itself where it has no more."""
+    if count is None or count >= len(split):
+        return split
+    index = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count]
+    return split.subset(index.sort().values.to(split.labels.device))

@@ -1,0 +1,86 @@
+"""What an accuracy after a few steps says of the accuracy after a full training.
+
+A cheap evaluation underrates exactly the students that need training most, which are the small ones, so that a policy
+would learn the evaluation's bias. A few students, the *anchors*, are therefore trained fully, and a monotone map from
+one accuracy to the other corrects all others.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+MIN_ANCHORS = 3
+MIN_DEVIATION = 0.05  # of logits: no few anchors prove a map more exact than an accuracy can be measured
+EDGE = 1e-3  # accuracies are held this far from 0 and 1
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A student trained fully; both accuracies on the validation split, proxy_accuracy after the few steps."""
+
+    architecture: str
+    proxy_accuracy: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class ProxyMap:
+    """logit(accuracy) = intercept + slope · logit(proxy accuracy), slope >= 0: least squares over the anchors.
+
+    Without enough anchors it is the identity. deviation: of the anchors from the line, in logits. mean, spread: of the
+    anchors' logits, spread being the sum of squares around their mean. error: mean absolute error, in accuracy, with
+    which each anchor is predicted by the others; None where there are too few to leave one out.
+    """
+
+    slope: float = 1.0
+    intercept: float = 0.0
+    deviation: float = 0.0
+    count: int = 0
+    mean: float = 0.0
+    spread: float = 1.0
+    error: float | None = None
+
+    def __call__(self, proxy_accuracy: float) -> tuple[float, float]:
+        """(accuracy expected after a full training, its standard error), both in accuracy."""
+        if self.count == 0:
+            return proxy_accuracy, 0.0
+        x = _logit(proxy_accuracy)
+        accuracy = _logistic(self.intercept + self.slope * x)
+        width = self.deviation * math.sqrt(1 + 1 / self.count + (x - self.mean) ** 2 / self.spread)
+        return accuracy, accuracy * (1 - accuracy) * width
+
+    @classmethod
+    def fit(cls, anchors: Sequence[Anchor]) -> "ProxyMap":
+        """The map that fits these anchors; the identity for fewer than MIN_ANCHORS."""
+        if len(anchors) < MIN_ANCHORS:
+            return cls()
+        fitted = cls._line(anchors)
+        if len(anchors) == MIN_ANCHORS:
+            return fitted
+        errors = []
+        for i, left_out in enumerate(anchors):
+            line = cls._line([*anchors[:i], *anchors[i + 1 :]])
+            errors.append(abs(line(left_out.proxy_accuracy)[0] - left_out.accuracy))
+        return replace(fitted, error=sum(errors) / len(errors))
+
+    @classmethod
+    def _line(cls, anchors: Sequence[Anchor]) -> "ProxyMap":
+        x = np.array([_logit(anchor.proxy_accuracy) for anchor in anchors])
+        y = np.array([_logit(anchor.accuracy) for anchor in anchors])
+        mean, spread = float(x.mean()), max(float(((x - x.mean()) ** 2).sum()), 1e-6)
+        slope = max(0.0, float(((x - mean) * (y - y.mean())).sum()) / spread)
+        intercept = float(y.mean()) - slope * mean
+        rest = float(((y - intercept - slope * x) ** 2).sum())
+        deviation = max(MIN_DEVIATION, math.sqrt(rest / max(1, len(anchors) - 2)))
+        return cls(slope, intercept, deviation, len(anchors), mean, spread)
+
+
+def _logit(accuracy: float) -> float:
+    held = min(max(accuracy, EDGE), 1 - EDGE)
+    return math.log(held / (1 - held))
+
+
+def _logistic(x: float) -> float:
+    return 0.5 + 0.5 * math.tanh(0.5 * x)

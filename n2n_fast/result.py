@@ -1,0 +1,129 @@
+"""What a finished search leaves: the student, the table of teacher and student, the Pareto front."""
+
+import io
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from n2n_fast.config import SearchConfig
+from n2n_fast.data import ImageData, accuracy
+from n2n_fast.distill import Progress, latency_ms
+from n2n_fast.errors import BadInput, first_line
+from n2n_fast.evaluation import latency_of
+from n2n_fast.graph import Architecture
+from n2n_fast.pareto import Point, front
+from n2n_fast.reward import Constraints, Cost
+from n2n_fast.run_directory import RunDirectory
+from n2n_fast.space import ArchitectureSpace
+from n2n_fast.student import independent_copy
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a search gives. student: trained, in eval mode. table: as in result.json. feasible: meets the limits."""
+
+    student: nn.Module
+    table: dict[str, Any]
+    feasible: bool
+    out: Path
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What one stage ended with: the architecture in its space."""
+
+    stage: str
+    space: ArchitectureSpace
+    architecture: Architecture
+
+
+def finish(
+    directory: RunDirectory,
+    data: ImageData,
+    config: SearchConfig,
+    constraints: Constraints,
+    teacher: nn.Module,
+    student: nn.Module,
+    chosen: Sequence[Chosen],
+    points: Sequence[Point],
+    progress: Progress,
+) -> Result:
+    """Measure teacher and student, the test split among it for the first time, and write the artifacts.
+
+    points: every student that was evaluated.
+    """
+    student, arch = independent_copy(student), chosen[-1].architecture
+    progress.message("measuring teacher and student")
+    table: dict[str, Any] = {
+        "data": data.name,
+        "teacher": _measured(teacher, chosen[0].space.teacher, data),
+        "student": _measured(student, arch, data),
+    }
+    table["compression"] = table["teacher"]["params"] / max(1, arch.params)
+    cost = Cost(arch.params, arch.macs, latency_of(student, data, config))
+    table["gaps"] = constraints.gaps(cost, table["student"]["validation_accuracy"])
+    table["feasible"] = not table["gaps"]
+    directory.write_json("architecture.json", [_described(part) for part in chosen])
+    directory.write_tensors("student.pt", student.state_dict())
+    directory.write_json("front.json", {by: [asdict(p) for p in front(points, by)] for by in ("params", "macs")})
+    example = data.validation.batch(torch.arange(2) % len(data.validation))[0]
+    try:
+        directory.write("student.pt2", _exported(student, example))
+    except Exception as error:  # noqa: BLE001 - what a leaf's own code raises; nothing else may be lost by it
+        progress.message(
+            f"warning: student.pt2 was not written, torch.export does not take the student ({first_line(error)}); "
+            "its weights are in student.pt"
+        )
+    directory.write_json("result.json", table)
+    return Result(student, table, table["feasible"], directory.path)
+
+
+def _described(part: Chosen) -> dict[str, Any]:
+    return {"stage": part.stage, "layers": [layer.name for layer in part.space.layers], **asdict(part.architecture)}
+
+
+def _measured(model: nn.Module, arch: Architecture, data: ImageData) -> dict[str, Any]:
+    split = data.validation
+    images = split.batch(torch.arange(64, device=split.labels.device) % len(split))[0]
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return {
+        "params": arch.params,
+        "macs": arch.macs,
+        "bytes": file.getbuffer().nbytes,
+        "latency_ms": latency_ms(model, images[:1]),
+        "latency_ms_64": latency_ms(model, images),
+        "validation_accuracy": accuracy(model, split),
+        "test_accuracy": None if data.test is None else accuracy(model, data.test),
+    }
+
+
+def _exported(student: nn.Module, example: Tensor) -> bytes:
+    """The student by torch.export, its batch size free."""
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(student.eval(), (example.contiguous(),), dynamic_shapes=({0: batch},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    return file.getvalue()
+
+
+def load_student(run: str | os.PathLike[str]) -> nn.Module:
+    """The student of a run directory, ready for inference; needs neither the teacher nor its class.
+
+    Takes images (N, C, H, W) preprocessed as the teacher's. Raises BadInput where there is no finished run.
+    """
+    path = Path(run) / "student.pt2"
+    if not path.is_file():
+        raise BadInput(f"{run}: no student.pt2 in it; give the directory of a finished run")
+    if not zipfile.is_zipfile(path):
+        raise BadInput(f"{path}: not a student, or a truncated one; run the search again")
+    try:
+        return torch.export.load(path).module()
+    except (RuntimeError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise BadInput(f"{path}: not a readable student ({first_line(error)})") from None

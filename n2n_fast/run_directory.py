@@ -1,0 +1,235 @@
+"""A run's directory: what is written there survives a crash at any moment, and belongs to one process at a time."""
+
+import contextlib
+import io
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from n2n_fast.errors import BadInput, first_line
+
+KEEP_SECONDS = 30.0  # between two states of a training
+SHOWN_KEYS = 5
+
+
+class Interrupted(KeyboardInterrupt):
+    """The search was asked to stop, and has kept all that was done."""
+
+
+class RunDirectory:
+    """One run's files. Use as a context: the directory is locked for as long as it lasts.
+
+    history.jsonl is the journal: a line for each piece of work, on the disk before the work counts. checkpoint.pt is
+    the state between two updates and how long the journal was then; lines behind it are recovered, and written again
+    when their turn comes.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        resume: bool = False,
+        command: Mapping[str, Any] | None = None,
+    ) -> None:
+        """settings: for config.json; a run that goes on must have been made by the same. command: noted beside them.
+
+        Entering the context raises BadInput where the directory cannot be used.
+        """
+        self.path = path
+        self._settings = json.loads(json.dumps(settings))
+        self._resume, self._command = resume, command
+        self._stack = contextlib.ExitStack()
+        self.checkpoint: dict[str, Any] | None = None
+        self.recovered: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def __enter__(self) -> "RunDirectory":
+        with contextlib.ExitStack() as stack:
+            self._make()
+            self._lock(stack)
+            self._check_settings()
+            self.checkpoint = self.read_tensors("checkpoint.pt")
+            self._history = stack.enter_context((self.path / "history.jsonl").open("ab"))
+            self._recover()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not (self.path / "config.json").exists():  # nothing began: leave no trace
+            for name in ("history.jsonl", ".lock"):
+                (self.path / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+        self._stack.close()
+
+    # Claiming
+
+    def _make(self) -> None:
+        if self._resume and not (self.path / "config.json").is_file():
+            raise BadInput(f"{self.path}: no run to resume in it; give the directory of a run")
+        if not self._resume and (self.path / "config.json").exists():
+            raise BadInput(f"{self.path}: holds a run already; give another --out, or go on with --resume {self.path}")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise BadInput(f"{self.path}: cannot be written ({error.strerror}); give another --out") from None
+
+    def _lock(self, stack: contextlib.ExitStack) -> None:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on Windows
+            return
+        file = stack.enter_context((self.path / ".lock").open("w"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadInput(
+                f"{self.path}: another process works on this run; wait for it or give another --out"
+            ) from None
+
+    def _check_settings(self) -> None:
+        if not self._resume:
+            return
+        path = self.path / "config.json"
+        held = read_settings(self.path)
+        held.pop("command", None)
+        keys = sorted(key for key in {**held, **self._settings} if held.get(key) != self._settings.get(key))
+        if keys:
+            shown = ", ".join(f"{k} ({held.get(k)!r} there, {self._settings.get(k)!r} here)" for k in keys[:SHOWN_KEYS])
+            more = ", ..." if len(keys) > SHOWN_KEYS else ""
+            raise BadInput(f"{path}: made by another configuration: {shown}{more}; give the same settings")
+
+    def begin(self) -> None:
+        """Write config.json, which makes the directory that of a run: all that can be wrong with it has been seen."""
+        if not self._resume:
+            noted = {} if self._command is None else {"command": dict(self._command)}
+            self.write_json("config.json", {**self._settings, **noted})
+
+    # The journal
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add a line to history.jsonl; it is on the disk when this returns."""
+        self._history.write(json.dumps(line).encode() + b"\n")
+        self._history.flush()
+        os.fsync(self._history.fileno())
+
+    def _recover(self) -> None:
+        """Take what the journal holds behind the checkpoint out of it, whole lines only."""
+        length = 0 if self.checkpoint is None else int(self.checkpoint["history"])
+        text = (self.path / "history.jsonl").read_bytes()
+        if len(text) < length:
+            raise BadInput(f"{self.path}: history.jsonl is shorter than when checkpoint.pt was written; it was changed")
+        for line in text[length:].splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if line.endswith(b"\n"):
+                    found = json.loads(line)
+                    self.recovered[found["kind"], found["stage"], found["update"], found["index"]] = found
+        self._history.truncate(length)
+        self._history.seek(length)
+
+    # Files written whole
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Replace checkpoint.pt by `state`, of tensors, numbers, strings, lists and dictionaries."""
+        self.write_tensors("checkpoint.pt", {**state, "history": self._history.tell()})
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace a file whole: whatever happens, it is as it was before or as it should be."""
+        aside = self.path / f".{name}.new"
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(self.path / name)
+        with _opened_directory(self.path) as descriptor:
+            os.fsync(descriptor)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Replace a file by JSON."""
+        self.write(name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def write_tensors(self, name: str, content: Any) -> None:
+        """Replace a file by what torch.save makes of tensors and plain values."""
+        file = io.BytesIO()
+        torch.save(content, file)
+        self.write(name, file.getvalue())
+
+    def read_tensors(self, name: str) -> dict[str, Any] | None:
+        """What `write_tensors` wrote; None where there is no such file."""
+        path = self.path / name
+        return read_tensors(path) if path.exists() else None
+
+    def training(self, name: str, stopping: Callable[[], bool]) -> "KeptTraining":
+        """A keeper for the training of this name."""
+        return KeptTraining(self, name, stopping)
+
+    def drop_training(self) -> None:
+        """Forget the training at hand: it has ended, and the checkpoint holds what came of it."""
+        (self.path / "training.pt").unlink(missing_ok=True)
+
+
+class KeptTraining:
+    """Keeps the training at hand in training.pt, every half minute and when the search is asked to stop."""
+
+    def __init__(self, directory: RunDirectory, name: str, stopping: Callable[[], bool]) -> None:
+        """stopping: whether the search has been asked to stop."""
+        self._directory, self._name, self._stopping = directory, name, stopping
+        self._last = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """The state of this very training, if it was kept."""
+        held = self._directory.read_tensors("training.pt")
+        return held["state"] if held is not None and held["name"] == self._name else None
+
+    def offer(self, state: Callable[[], dict[str, Any]]) -> None:
+        """Keep the state if it is time for it; raises Interrupted after that where the search was asked to stop."""
+        stop = self._stopping()
+        if stop or time.monotonic() - self._last > KEEP_SECONDS:
+            self._directory.write_tensors("training.pt", {"name": self._name, "state": state()})
+            self._last = time.monotonic()
+        if stop:
+            raise Interrupted(self._directory.path)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What config.json of a run directory holds; BadInput where it is none."""
+    file = path / "config.json"
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(held, dict):
+            raise TypeError
+    except (ValueError, TypeError, RecursionError):
+        raise BadInput(f"{file}: not written by n2n-fast run") from None
+    return held
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """A dictionary that torch.save wrote, without running code that is in it; BadInput where it is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickles, which are refused below
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged file can fail in any of the ways that unpickling can
+        raise BadInput(f"{path}: not written by n2n-fast, or damaged ({first_line(error)})") from None
+    if not isinstance(held, dict):
+        raise BadInput(f"{path}: not written by n2n-fast")
+    return held
+
+
+@contextlib.contextmanager
+def _opened_directory(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
