@@ -40,12 +40,15 @@ SETTINGS = {
     "rate 0.01": rates(0.01),
     "rate 0.05": rates(0.05),
     "entropy 0.01": {"entropy": 0.01},
+    "entropy 0.03": {"entropy": 0.03},
     "entropy 0.1": {"entropy": 0.1},
     "baseline 0.95": {"baseline_decay": 0.95},
     "baseline 0.5": {"baseline_decay": 0.5},
     "keep 0.9": {"keep_probability": 0.9},
     "keep 0.6": {"keep_probability": 0.6},
     "10 rollouts": {"rollouts": 10},
+    "10 rollouts, rate 0.01": {"rollouts": 10, **rates(0.01)},
+    "10 rollouts, entropy 0.03": {"rollouts": 10, "entropy": 0.03},
 }
 
 

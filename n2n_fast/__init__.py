@@ -9,6 +9,7 @@ from n2n_fast.result import Result, load_student
 from n2n_fast.run_directory import Interrupted
 from n2n_fast.search import Rollout, SearchProgress, compress
 from n2n_fast.space import ArchitectureSpace
+from n2n_fast.workers import Workers
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Rollout",
     "SearchConfig",
     "SearchProgress",
+    "Workers",
     "build_info",
     "compress",
     "from_tensors",

@@ -24,6 +24,7 @@ from n2n_fast.reward import OBJECTIVES
 from n2n_fast.run_directory import Interrupted, read_settings
 from n2n_fast.search import Rollout, SearchProgress, compress
 from n2n_fast.space import INITS, SALIENCIES, ArchitectureSpace
+from n2n_fast.workers import Workers
 
 INFEASIBLE = 3
 INTERRUPTED = 130
@@ -164,6 +165,9 @@ def cli() -> None:
 @click.option("--min-accuracy", type=float, metavar="A", help="Students must reach this validation accuracy, 0 to 1.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="They may lose no more of the teacher's accuracy.")
 @click.option("--policy", type=click.Path(path_type=Path), metavar="FILE", help="Start from another run's policies.pt.")
+@click.option("--workers", type=int, metavar="N", help="Evaluate students in N Ray workers (extra ray).")
+@click.option("--ray-address", metavar="ADDRESS", help="Of a Ray cluster; default: start Ray on this machine.")
+@click.option("--gpus-per-worker", type=float, default=0.0, metavar="G", help="May be a fraction.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with a run that was cut off.")
 @common_options
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory; default: runs/1, runs/2, ...")
@@ -188,6 +192,7 @@ def run(context: click.Context, /, **options: Any) -> int:
             bar,
             resume=options["resume"] is not None,
             policies=options["policy"],
+            workers=_workers(options),
             command={name: _plain(value) for name, value in options.items() if name != "resume"},
         )
     click.echo("\n" + report.result_table(result.table))
@@ -198,6 +203,14 @@ def run(context: click.Context, /, **options: Any) -> int:
         click.echo(f"no student met the limits; the nearest was saved, it misses {missed}", err=True)
         return INFEASIBLE
     return 0
+
+
+def _workers(options: dict[str, Any]) -> Workers | None:
+    if options["workers"] is None:
+        if options["ray_address"] is not None:
+            raise BadInput("--ray-address: give the number of workers too, --workers N")
+        return None
+    return Workers(options["workers"], options["ray_address"], options["gpus_per_worker"])
 
 
 def _config(options: dict[str, Any]) -> SearchConfig:

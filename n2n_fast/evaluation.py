@@ -12,6 +12,7 @@ from n2n_fast.distill import BatchSource, Diverged, Keeper, Progress, fit, laten
 from n2n_fast.graph import Architecture
 from n2n_fast.seeds import derived
 from n2n_fast.space import ArchitectureSpace
+from n2n_fast.tracing import run
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,50 @@ def latency_of(model: nn.Module, data: ImageData, config: SearchConfig) -> float
     images = data.validation
     index = torch.arange(config.latency_batch, device=images.labels.device) % len(images)
     return latency_ms(model, images.batch(index)[0])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a stage's evaluator is made of, to be made in another process. earlier: what the stages before ended
+    with, as JSON of the architecture and the student's state dict.
+    """
+
+    stage: str
+    teacher: nn.Module
+    data: ImageData
+    calibration: Tensor
+    config: SearchConfig
+    earlier: tuple[tuple[str, dict[str, Tensor]], ...] = ()
+
+    def __call__(self) -> Evaluator:
+        """Make the evaluator."""
+        space = space_of(self.teacher, self.calibration, self.config)
+        logits = TeacherLogits(giving_logits(self.teacher, space, self.calibration), self.data.train)
+        for architecture, state in self.earlier:
+            student = restored(space, Architecture.from_json(architecture), state)
+            space = space_of(student, self.calibration, self.config)
+        return Evaluator(self.stage, space, self.data, logits, self.calibration, self.config)
+
+
+def space_of(teacher: nn.Module, calibration: Tensor, config: SearchConfig) -> ArchitectureSpace:
+    """The space of a teacher, or of an earlier stage's student; calibration: images (N, C, H, W)."""
+    looks = config.init in ("reconstructed", "calibrated") or config.saliency == "activations"
+    images = calibration if looks else None
+    return ArchitectureSpace(
+        teacher, calibration[:2], images, saliency=config.saliency, leaf=config.leaf, round_to=config.round_to
+    )
+
+
+def giving_logits(teacher: nn.Module, space: ArchitectureSpace, images: Tensor) -> nn.Module:
+    """The teacher, or where it has several outputs one that gives the logits alone."""
+    return teacher if isinstance(run(teacher, images[:2]), Tensor) else space.build(space.teacher, "inherit")
+
+
+def restored(space: ArchitectureSpace, arch: Architecture, state: dict[str, Tensor]) -> fx.GraphModule:
+    """A student that was trained before."""
+    student = space.build(arch, "inherit")
+    student.load_state_dict(state)
+    return student
 
 
 class _Clock:

@@ -52,12 +52,12 @@ class RemovalPolicy(nn.Module):
         return -masked.sum(1)
 
     def entropy(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
-        """Mean entropy of the free choices, in nats; it is the same for all `actions`."""
+        """Entropy of the free choices together, in nats; it is the same for all `actions`."""
         logits = self(x)
         probability = logits.sigmoid()
         entropy = nn.functional.softplus(logits) - probability * logits
-        mean: Tensor = (entropy * mask).sum() / mask.sum().clamp_min(1)
-        return mean
+        total: Tensor = (entropy * mask).sum()
+        return total
 
 
 class ShrinkagePolicy(nn.Module):
@@ -129,10 +129,10 @@ class ShrinkagePolicy(nn.Module):
         return (log_probs.gather(3, actions[..., None])[..., 0] * mask).sum((1, 2))
 
     def entropy(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
-        """Mean entropy of the free choices, in nats, each given the `actions` before it."""
+        """Entropy of the free choices together, in nats, each given the `actions` before it."""
         log_probs = self._log_probs(x, actions)
         entropy = -(log_probs.exp() * log_probs).sum(3).mean(0)
-        return (entropy * mask).sum() / mask.sum().clamp_min(1)
+        return (entropy * mask).sum()
 
     def _log_probs(self, x: Tensor, actions: Tensor) -> Tensor:
         """Of every ratio at each step, given the `actions` before it."""

@@ -1,5 +1,6 @@
 """The search: two stages of REINFORCE over one teacher's architecture space, then the final training (section 3)."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -17,7 +18,7 @@ from n2n_fast.config import STAGES, SearchConfig
 from n2n_fast.data import ImageData, TeacherLogits, accuracy
 from n2n_fast.distill import Diverged, Progress, seeded
 from n2n_fast.errors import BadInput, DegenerateArchitecture, first_line
-from n2n_fast.evaluation import Evaluation, Evaluator, latency_of
+from n2n_fast.evaluation import Evaluation, Evaluator, Recipe, giving_logits, latency_of, restored, space_of
 from n2n_fast.graph import Architecture
 from n2n_fast.pareto import Point
 from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy
@@ -28,7 +29,7 @@ from n2n_fast.run_directory import Interrupted, RunDirectory, read_tensors
 from n2n_fast.seeds import derived
 from n2n_fast.space import ArchitectureSpace
 from n2n_fast.student import independent_copy
-from n2n_fast.tracing import run
+from n2n_fast.workers import Engine, Job, Workers, engine
 
 SPREAD_TRIES = 20  # at an anchor that is not degenerate
 
@@ -128,18 +129,21 @@ def compress(
     resume: bool = False,
     policies: str | os.PathLike[str] | None = None,
     command: Mapping[str, Any] | None = None,
+    workers: Workers | None = None,
 ) -> Result:
     """Search for the student of best reward, train it fully and write the run directory `out`.
 
     teacher: a trained classifier of images (N, C, H, W); `data` on its device. The test split is read once, at the
     end. On a CPU the same seed gives the same result, unless latencies count. resume: go on with the run in `out`, to
     the very same end. policies: file with the policies of another run to start from, its policies.pt. command: what
-    config.json shall note of how this was called. Raises BadInput where teacher, data or `out` cannot be used, and
-    Interrupted where `progress` says to stop.
+    config.json shall note of how this was called. workers: evaluate students in Ray workers, whose number does not
+    change the result. Raises BadInput where teacher, data or `out` cannot be used, and Interrupted where `progress`
+    says to stop.
     """
-    search = _Search(teacher, data, config or SearchConfig(), progress or SearchProgress(), policies)
-    with RunDirectory(Path(out), search.settings(), resume, command) as directory:
-        return search.run(directory)
+    with contextlib.closing(engine(workers)) as engine_of_run:
+        search = _Search(teacher, data, config or SearchConfig(), progress or SearchProgress(), policies, engine_of_run)
+        with RunDirectory(Path(out), search.settings(), resume, command) as directory:
+            return search.run(directory)
 
 
 class _Search:
@@ -152,8 +156,9 @@ class _Search:
         config: SearchConfig,
         progress: SearchProgress,
         policies: str | os.PathLike[str] | None,
+        engine: Engine,
     ) -> None:
-        self.config, self.data, self.progress = config, data, progress
+        self.config, self.data, self.progress, self.engine = config, data, progress, engine
         self.device = data.train.images.device
         self.policies = {} if policies is None else read_tensors(Path(policies))
         self.calibration = self._calibration_images()
@@ -174,18 +179,18 @@ class _Search:
         names = STAGES[self.config.stages]
         for name in names:
             # stage 2 starts from the trained student of stage 1
-            space = self._space(student) if chosen else self.space
+            space = space_of(student, self.calibration, self.config) if chosen else self.space
             if len(chosen) == len(self.trained):
                 stage = self._stage(name, space)
                 if held["stage"] is not None and held["stage"]["name"] == name:
                     self._restore(stage, held["stage"])
+                self.engine.begin(stage.evaluator, self._recipe(name))
                 self._search(stage)
                 self._train_best(stage, last=name == names[-1])
             done = self.trained[len(chosen)]
             arch = Architecture.from_json(done["architecture"])
             chosen.append(Chosen(name, space, arch))
-            student = space.build(arch, "inherit")
-            student.load_state_dict(done["student"])
+            student = restored(space, arch, done["student"])
         directory.write_tensors("policies.pt", {done["name"]: done["policy"] for done in self.trained})
         return finish(
             directory=directory,
@@ -204,9 +209,8 @@ class _Search:
     def _prepare(self) -> None:
         """Look at the teacher: its space, accuracy and costs."""
         teacher, config = self.given, self.config
-        space = self._space(teacher)
-        if not isinstance(run(teacher, self.calibration[:2]), Tensor):
-            teacher = space.build(space.teacher, "inherit")  # of several outputs it gives the logits
+        space = space_of(teacher, self.calibration, config)
+        teacher = giving_logits(teacher, space, self.calibration)
         found = _checked_accuracy(teacher, self.data)
         latency = latency_of(teacher, self.data, config)
         self.teacher = _Teacher(
@@ -225,13 +229,9 @@ class _Search:
         self.progress.message(f"teacher: {space.teacher.params:,} params{timed}, validation accuracy {found:.2%}")
         self.space = space
 
-    def _space(self, teacher: nn.Module) -> ArchitectureSpace:
-        looks = self.config.init in ("reconstructed", "calibrated") or self.config.saliency == "activations"
-        images = self.calibration if looks else None
-        config = self.config
-        return ArchitectureSpace(
-            teacher, self.calibration[:2], images, saliency=config.saliency, leaf=config.leaf, round_to=config.round_to
-        )
+    def _recipe(self, stage: str) -> Recipe:
+        earlier = tuple((done["architecture"], done["student"]) for done in self.trained)
+        return Recipe(stage, self.given, self.data, self.calibration, self.config, earlier)
 
     def _stage(self, name: str, space: ArchitectureSpace) -> _Stage:
         """A stage at its beginning."""
@@ -279,7 +279,7 @@ class _Search:
                 if rollout.accuracy is not None and (best is None or _better(rollout, best)):
                     best = rollout
                 self.progress.rollout(rollout, best, self._compression(best))
-                if self.progress.stopping():
+                if self.progress.stopping() and (self.engine.one_at_a_time or len(rewards) == config.rollouts):
                     raise Interrupted(self.directory.path)
             self._learn(stage, features, actions, torch.tensor(rewards))
             stage.update += 1
@@ -307,32 +307,56 @@ class _Search:
 
     def _evaluate(self, stage: _Stage, actions: Tensor) -> Iterator[Rollout]:
         """The rollouts of one update, in order; each is in the journal before it is given."""
-        for index, row in enumerate(actions.tolist()):
-            try:
-                arch = self._architecture(stage, row)
-            except DegenerateArchitecture as reason:
-                rollout = self._degenerate(stage, index, row, str(reason))
+        rows = actions.tolist()
+        archs = [self._architecture(stage, row) for row in rows]
+        news = self._news(stage, archs)
+        evaluations = self._found(stage, "rollout", news)
+        for index, (row, arch) in enumerate(zip(rows, archs, strict=True)):
+            if isinstance(arch, DegenerateArchitecture):
+                rollout = self._degenerate(stage, index, row, arch.reason)
             else:
-                seen = self.config.reuse and arch.key in stage.evaluated
-                if not seen:
-                    stage.evaluated[arch.key] = arch, self._found(stage, arch, "rollout", index)
-                rollout = self._credited(stage, index, row, arch, stage.evaluated[arch.key][1], seen)
+                if index in news:
+                    stage.evaluated[arch.key] = arch, next(evaluations)
+                rollout = self._credited(stage, index, row, arch, stage.evaluated[arch.key][1], index not in news)
             self.directory.append({"kind": "rollout", **asdict(rollout)})
             yield rollout
 
-    def _architecture(self, stage: _Stage, actions: list[Any]) -> Architecture:
-        arch = stage.architecture_of(actions)
-        if arch.params >= self.teacher.cost.params:
-            raise DegenerateArchitecture("no smaller than the teacher")
-        return arch
+    def _architecture(self, stage: _Stage, actions: list[Any]) -> Architecture | DegenerateArchitecture:
+        """What the actions lead to, or why that cannot be or is worth nothing."""
+        try:
+            arch = stage.architecture_of(actions)
+        except DegenerateArchitecture as reason:
+            return reason
+        return arch if arch.params < self.teacher.cost.params else DegenerateArchitecture("no smaller than the teacher")
 
-    def _found(self, stage: _Stage, arch: Architecture, kind: str, index: int) -> Evaluation:
-        """The evaluation of an architecture, from the journal if a run that was cut off had it already."""
+    def _news(self, stage: _Stage, archs: Sequence[Architecture | DegenerateArchitecture]) -> dict[int, Architecture]:
+        """Those of the architectures that have to be evaluated, by index."""
+        seen = set(stage.evaluated) if self.config.reuse else set()
+        news = {}
+        for i, arch in enumerate(archs):
+            if isinstance(arch, Architecture) and arch.key not in seen:
+                news[i] = arch
+                if self.config.reuse:
+                    seen.add(arch.key)
+        return news
+
+    def _found(self, stage: _Stage, kind: str, archs: Mapping[int, Architecture]) -> Iterator[Evaluation]:
+        """The evaluations of architectures by index, from the journal where a run that was cut off had them already."""
+        known = {index: self._recovered(stage, kind, index, arch) for index, arch in archs.items()}
+        jobs: list[Job] = []
+        for index, arch in archs.items():
+            if known[index] is None:
+                of = (arch.key,) if self.config.reuse else (stage.update, index)
+                jobs.append((arch, derived(self.config.seed, stage.name, *of)))
+        found = self.engine.evaluate(jobs)
+        for held in known.values():
+            yield next(found) if held is None else held
+
+    def _recovered(self, stage: _Stage, kind: str, index: int, arch: Architecture) -> Evaluation | None:
         line = self.directory.recovered.get((kind, stage.name, stage.update, index))
-        if line is not None and line["architecture"] == arch.key and not line.get("cached"):
-            return Evaluation(line["proxy_accuracy"], line["latency"], line["seconds"], line["error"])
-        of = (arch.key,) if self.config.reuse else (stage.update, index)
-        return stage.evaluator.evaluate(arch, derived(self.config.seed, stage.name, *of))
+        if line is None or line["architecture"] != arch.key or line.get("cached"):
+            return None
+        return Evaluation(line["proxy_accuracy"], line["latency"], line["seconds"], line["error"])
 
     def _credited(
         self, stage: _Stage, index: int, actions: list[Any], arch: Architecture, evaluation: Evaluation, cached: bool
@@ -418,7 +442,7 @@ class _Search:
     def _train_anchor(self, stage: _Stage, arch: Architecture, number: int) -> None:
         line = self.directory.recovered.get(("anchor", stage.name, stage.update, number))
         if arch.key not in stage.evaluated:
-            stage.evaluated[arch.key] = arch, self._found(stage, arch, "anchor", number)
+            stage.evaluated[arch.key] = arch, next(self._found(stage, "anchor", {number: arch}))
         evaluation = stage.evaluated[arch.key][1]
         start = time.perf_counter()
         if line is not None and line["architecture"] == arch.key:
@@ -464,11 +488,8 @@ class _Search:
         severity = (number + 0.5) / self.config.anchors
         for _ in range(SPREAD_TRIES):
             actions = stage.policy.spread(stage.mask, severity, generator).tolist()
-            try:
-                arch = self._architecture(stage, actions)
-            except DegenerateArchitecture:
-                continue
-            if all(arch.key != key for key, _ in stage.anchors):
+            arch = self._architecture(stage, actions)
+            if isinstance(arch, Architecture) and all(arch.key != key for key, _ in stage.anchors):
                 return arch
         return None
 

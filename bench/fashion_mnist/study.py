@@ -1,0 +1,262 @@
+"""The study of Fashion-MNIST, in pieces: python bench/fashion_mnist/study.py DIR [PIECE ...] [--list].
+
+DIR holds the four files of Fashion-MNIST. Every piece takes under an hour on 2 cores, writes
+bench/fashion_mnist/results/PIECE.json and is left out where that is there: the study can be cut off and goes on.
+Teachers: A is torchvision's ResNet-18 (3x32x32), B a ResNet-32 in the CIFAR style (1x28x28). Pieces, for T in A and B:
+
+T-teacher            train it; B's weights are kept in results/, A's in WORK
+T-proxy-N            student N of 30 drawn over the whole range (removals and widths): its accuracy after 0, 20 and 50
+                     steps, and after 1 and 10 epochs of distillation
+T-search-SEED        the search as it is, whose best student is trained fully
+T-chance-SEED        the same search with policies that never learn
+T-paper-SEED         the paper's protocol for as long as T-search-SEED took
+T-pruned-SEED        one-shot uniform L1 pruning (Torch-Pruning) to the params of T-search-SEED's student, trained alike
+T-dense-SEED         the teacher's own net, uniformly narrower, with at least as many params, trained alike from scratch
+
+Tables of what is there: python bench/fashion_mnist/tables.py.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import n2n_fast
+from n2n_fast import SearchConfig, teacher
+from n2n_fast.config import PAPER
+from n2n_fast.data import Batches, TeacherLogits, accuracy
+from n2n_fast.distill import fit, recalibrate, seeded
+from n2n_fast.errors import DegenerateArchitecture
+from n2n_fast.evaluation import Evaluator
+
+HERE = Path(__file__).parent / "results"
+WORK = Path("build") / "fashion_mnist"  # what is too large to keep
+STUDENTS = 30
+SEEDS = (0, 1, 2)
+CPU = torch.device("cpu")
+TEACHERS = {
+    "A": {"arch": "resnet18", "channels": 3, "image_size": 32, "epochs": 8.0},
+    "B": {"arch": "resnet32", "channels": 1, "image_size": 28, "epochs": 8.0},
+}
+# What is searched, by teacher: budgets that the wall-clock of an hour and of half an hour allow.
+SHORT = {"updates": 12, "anchors": 4, "anchor_epochs": 0.5, "anchor_every": 6, "stage_epochs": 0.5, "final_epochs": 8.0}
+BUDGETS = {"A": SHORT, "B": {**SHORT, "rollout_steps": 10}}
+
+
+def images(directory, name, seed=0):
+    of = TEACHERS[name]
+    spec = f"fashion-mnist:{directory}"
+    return n2n_fast.load(spec, image_size=of["image_size"], channels=of["channels"], seed=seed)
+
+
+def teacher_file(name):
+    return (HERE if name == "B" else WORK) / f"{name}-teacher.pt"
+
+
+def trained_teacher(directory, name):
+    """The teacher, which its piece must have trained."""
+    if not teacher_file(name).exists():
+        teach(directory, name)
+    return teacher.load_teacher(teacher_file(name))
+
+
+def teach(directory, name):
+    of, found = TEACHERS[name], images(directory, name)
+    model = teacher.create(of["arch"], found.classes, of["channels"], of["image_size"], seed=0)
+    start = time.perf_counter()
+    teacher.train_teacher(model, found, epochs=of["epochs"], seed=0)
+    seconds = time.perf_counter() - start
+    teacher_file(name).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), teacher_file(name))
+    params = sum(p.numel() for p in model.parameters())
+    return {"params": params, "seconds": seconds, **accuracies(model, found)}
+
+
+def accuracies(model, found):
+    return {"validation": accuracy(model, found.validation), "test": accuracy(model, found.test)}
+
+
+# The proxy: what a few steps say of many
+
+
+def drawn(space, rng):
+    """A random student over the whole range: some layers gone, widths around a common ratio."""
+    while True:
+        gone, ratio = rng.uniform(0, 0.5), np.exp(rng.uniform(np.log(0.15), 0))
+        keep = (rng.random(len(space.layers)) >= gone).tolist()
+        channels = np.clip(ratio * np.exp(rng.normal(0, 0.3, len(space.layers))), 0.1, 1).tolist()
+        try:
+            arch = space.shrink(space.remove(space.teacher, keep), channels)
+        except DegenerateArchitecture:
+            continue
+        if arch.params < 0.95 * space.teacher.params:
+            return arch
+
+
+def proxy(directory, name, number):
+    found, model = images(directory, name), trained_teacher(directory, name)
+    logits = TeacherLogits(model, found.train)
+    calibration = found.train.batch(
+        torch.randperm(len(found.train), generator=torch.Generator().manual_seed(0))[:1024]
+    )[0]
+    space = n2n_fast.ArchitectureSpace(model, calibration[:2], calibration)
+    arch = drawn(space, np.random.default_rng(number))
+    row = {"params": arch.params, "macs": arch.macs, "teacher_params": space.teacher.params,
+           "teacher": accuracy(model, found.validation)}  # fmt: skip
+    for steps in (0, 20, 50):
+        evaluator = Evaluator("proxy", space, found, logits, calibration, SearchConfig(rollout_steps=steps))
+        evaluation = evaluator.evaluate(arch, seed=0)
+        row[f"steps {steps}"] = evaluation.accuracy
+        row[f"seconds {steps}"] = sum(evaluation.seconds.values())
+    for epochs in (1.0, 10.0):
+        start = time.perf_counter()
+        row[f"epochs {epochs:.0f}"] = accuracy(evaluator.train(arch, epochs, "the whole"), found.validation)
+        row[f"seconds of {epochs:.0f} epochs"] = time.perf_counter() - start
+    return row
+
+
+# Searches
+
+
+def searched(directory, name, seed, piece, progress=None, **settings):
+    """Run a search in WORK, going on with one that was cut off, and keep its result and history."""
+    found, model = images(directory, name, seed), trained_teacher(directory, name)
+    out = WORK / piece
+    config = SearchConfig(**{**BUDGETS[name], **settings, "seed": seed})
+    start = time.perf_counter()
+    try:
+        result = n2n_fast.compress(model, found, config, out, progress, resume=(out / "config.json").exists())
+        table = result.table
+    except n2n_fast.Interrupted:
+        table = None
+    kept = HERE / piece
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", "history.jsonl", "front.json", "architecture.json"):
+        if (out / file).exists():
+            shutil.copy(out / file, kept / file)
+    return {"seconds": time.perf_counter() - start, "table": table}
+
+
+class UntilLate(n2n_fast.SearchProgress):
+    """Stops after so many seconds."""
+
+    def __init__(self, seconds):
+        self.end = time.perf_counter() + seconds
+
+    def stopping(self):
+        return time.perf_counter() > self.end
+
+
+def search(directory, name, seed):
+    return searched(directory, name, seed, f"{name}-search-{seed}")
+
+
+def chance(directory, name, seed):
+    never = {"removal_learning_rate": 0.0, "shrinkage_learning_rate": 0.0}
+    return searched(directory, name, seed, f"{name}-chance-{seed}", **never)
+
+
+def paper(directory, name, seed):
+    seconds = need(f"{name}-search-{seed}")["seconds"]
+    plain = {**PAPER, "stages": "shrinkage", "updates": 10**6}
+    return searched(directory, name, seed, f"{name}-paper-{seed}", UntilLate(seconds), **plain)
+
+
+# Controls of the same size
+
+
+def trained_alike(directory, name, seed, model):
+    """A net trained as a search trains its best student, from the weights that it has."""
+    found, parent = images(directory, name, seed), trained_teacher(directory, name)
+    config = SearchConfig(**BUDGETS[name])
+    views = found.augmentation.views if found.augmentation else None
+    batches = Batches(found.train, TeacherLogits(parent, found.train), config.final_epochs, config.batch_size,
+                      found.augmentation, seed, views=views)  # fmt: skip
+    start = time.perf_counter()
+    with seeded(seed, CPU):
+        fit(model, batches, learning_rate=config.final_learning_rate, kd_weight=config.kd_weight)
+    params = sum(p.numel() for p in model.parameters())
+    return {"params": params, "seconds": time.perf_counter() - start, **accuracies(model, found)}
+
+
+def pruned(directory, name, seed):
+    import torch_pruning
+
+    most = need(f"{name}-search-{seed}")["table"]["student"]["params"]
+    found = images(directory, name, seed)
+    example = found.train.batch(torch.arange(2))[0]
+    mild, severe = 0.0, 0.99
+    for _ in range(12):  # until the mildest ratio that gives no more params than the search's student is found
+        ratio = (mild + severe) / 2
+        model = trained_teacher(directory, name)
+        ignored = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        importance = torch_pruning.importance.GroupMagnitudeImportance(p=1)
+        torch_pruning.pruner.MagnitudePruner(
+            model, example, importance=importance, pruning_ratio=ratio, ignored_layers=ignored
+        ).step()
+        if sum(p.numel() for p in model.parameters()) <= most:
+            severe, best = ratio, model
+        else:
+            mild = ratio
+    calibration = found.train.batch(torch.arange(1024))[0]
+    recalibrate(best, calibration.split(128))
+    before = accuracy(best, found.validation)
+    return {"validation_before_training": before, **trained_alike(directory, name, seed, best)}
+
+
+def dense(directory, name, seed):
+    """Uniformly narrower than the teacher, weights drawn at random: the least with the search's student's params."""
+    least = need(f"{name}-search-{seed}")["table"]["student"]["params"]
+    found = images(directory, name, seed)
+    space = n2n_fast.ArchitectureSpace(trained_teacher(directory, name), found.train.batch(torch.arange(2))[0])
+    ratios = np.linspace(0.05, 1, 400)
+    archs = (space.shrink(space.teacher, [float(ratio)] * len(space.layers)) for ratio in ratios)
+    with seeded(seed, CPU):
+        model = space.build(next(arch for arch in archs if arch.params >= least), "random")
+    return trained_alike(directory, name, seed, model)
+
+
+def need(piece):
+    path = HERE / f"{piece}.json"
+    if not path.exists():
+        raise SystemExit(f"{piece} comes first")
+    return json.loads(path.read_text())
+
+
+def pieces():
+    """Every piece in the order of its worth."""
+    for name in ("B", "A"):
+        yield f"{name}-teacher", teach, (name,)
+    kinds = {"search": search, "chance": chance, "pruned": pruned, "dense": dense, "paper": paper}
+    for seed in SEEDS:
+        for name in ("B", "A"):
+            for kind, make in kinds.items():
+                yield f"{name}-{kind}-{seed}", make, (name, seed)
+        for number in range(STUDENTS * seed // len(SEEDS), STUDENTS * (seed + 1) // len(SEEDS)):
+            for name in ("B", "A"):
+                yield f"{name}-proxy-{number}", proxy, (name, number)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory")
+    parser.add_argument("pieces", nargs="*")
+    parser.add_argument("--list", action="store_true")
+    asked = parser.parse_args()
+    for piece, make, given in pieces():
+        path = HERE / f"{piece}.json"
+        if asked.pieces and piece not in asked.pieces:
+            continue
+        if asked.list or path.exists():
+            print(f"{piece}: {'done' if path.exists() else 'to do'}")
+            continue
+        begun = time.perf_counter()
+        content = make(asked.directory, *given)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        print(f"{piece}: {time.perf_counter() - begun:.0f} s", flush=True)
