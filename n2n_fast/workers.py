@@ -125,7 +125,7 @@ class RayEngine:
         }  # fmt: skip
         if not self._workers.address:  # elsewhere, what is imported must be installed
             options["runtime_env"] = {"env_vars": {"PYTHONPATH": path}}
-            os.environ.setdefault("RAY_worker_niceness", "0")  # noqa: SIM112 - Ray's own spelling
+            os.environ.setdefault("RAY_worker_niceness", "0")
         try:
             self._ray.init(log_to_driver=False, logging_level="error", **options)
         except (ConnectionError, RuntimeError, ValueError) as error:

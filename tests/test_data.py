@@ -307,6 +307,73 @@ def test_logits_of_the_whole_split_are_computed_once() -> None:
     assert not teacher.whole().requires_grad
 
 
+@pytest.mark.parametrize(("augmentation", "views"), [(Augmentation(2, True), 4), (Augmentation(0, True), 2)])
+def test_views_take_turns_and_the_teacher_sees_each_once(augmentation: Augmentation, views: int) -> None:
+    split = make().train
+    assert augmentation.views == views
+    calls: list[int] = []
+    teacher = TeacherLogits(counting_teacher(calls), split, batch_size=30)
+    epochs = 2 * views + 1
+    seen: dict[tuple[int, int], Tensor] = {}
+    batches = Batches(split, teacher, epochs, 16, augmentation, seed=3, views=views)
+    for step, ((index, _, _), (images, labels, logits)) in enumerate(zip(batches.schedule, batches, strict=True)):
+        assert torch.equal(labels, split.labels[index])
+        torch.testing.assert_close(logits, images.mean((2, 3)))
+        view = batches.schedule.view_of(step)
+        assert view == step // batches.schedule.steps_per_epoch % views
+        for place, image in zip(index.tolist(), images, strict=True):
+            assert torch.equal(seen.setdefault((place, view), image), image)
+    assert sum(calls) == views * len(split) + 1  # one to learn the number of classes
+    again = Batches(split, teacher, 1, 16, augmentation, seed=3, views=views)
+    assert torch.equal(next(iter(again))[0], next(iter(batches))[0])
+    list(again)
+    assert sum(calls) == views * len(split) + 1
+
+
+def test_both_sides_of_an_image_are_among_two_views() -> None:
+    split = make().train
+    schedule = Schedule(split, 2, 16, Augmentation(0, True), seed=0, views=2)
+    index = torch.arange(len(split))
+    one, two = (schedule.images(index, view) for view in (0, 1))
+    assert torch.equal(one.flip(-1), two)
+    assert not torch.equal(one, split.batch(index)[0])
+
+
+def test_a_short_schedule_does_not_make_the_teacher_see_whole_views() -> None:
+    split = make().train
+    calls: list[int] = []
+    teacher = TeacherLogits(counting_teacher(calls), split)
+    batches = Batches(split, teacher, 16 / len(split), 16, Augmentation(1), seed=0, views=4)
+    list(batches)
+    list(batches)
+    assert sum(calls) == 16 * len(batches) + 1
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("views", [None, 2])
+def test_a_training_can_begin_in_the_middle(keep: bool, views: int | None) -> None:
+    batches = Batches(make().train, counting_teacher([]), 2, 16, Augmentation(1, True), seed=0, views=views, keep=keep)
+    whole = list(batches)
+    for start in (1, len(whole) // 2, len(whole) - 1, len(whole)):
+        rest = list(batches.after(start))
+        assert len(rest) == len(whole) - start
+        for one, two in zip(rest, whole[start:], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_kept_batches_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[int] = []
+    normalise = Split.normalise
+    monkeypatch.setattr(Split, "normalise", lambda s, images: (prepared.append(1), normalise(s, images))[1])
+    split = make().train
+    for keep, times in ((True, 1), (False, 3)):
+        batches = Batches(split, None, 1, 16, Augmentation(1), seed=0, keep=keep)
+        prepared.clear()
+        for _ in range(3):
+            list(batches)
+        assert len(prepared) == times * len(batches)
+
+
 def test_teacher_logits_carry_no_gradient() -> None:
     weight = torch.ones(3, requires_grad=True)
     split = make().train

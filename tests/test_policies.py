@@ -218,3 +218,34 @@ def test_reinforce_finds_a_rewarded_pattern(kind: str) -> None:
         optimizer.step()
     assert before < 0.1
     assert chance() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["removal", "shrinkage"])
+def test_entropy_is_that_of_the_outcomes(kind: str) -> None:
+    policy, x, mask = make(kind, ratios=2), sequence(3), mask_of(kind, [True, False, True])
+    actions = outcomes(kind, mask, 2)
+    with torch.no_grad():
+        log_probs = policy.log_prob(x, mask, actions)
+        by_outcomes = -(log_probs.exp() * log_probs).sum()
+        weights = log_probs.exp()
+        given_each = torch.stack([policy.entropy(x, mask, one[None]) for one in actions])
+    torch.testing.assert_close((weights * given_each).sum(), by_outcomes, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_keep_their_size_at_first_and_widths_are_free() -> None:
+    policy = make("shrinkage")
+    mask = torch.ones(LAYERS, 2, dtype=torch.bool)
+    drawn = sample(policy, sequence(), mask, 2000)
+    kept = (drawn == RATIOS - 1).float().mean((0, 1))
+    assert 0.7 < kept[1] < 0.9
+    assert 0.5 / RATIOS < kept[0] < 2 / RATIOS
+
+
+@pytest.mark.parametrize("kind", ["removal", "shrinkage"])
+def test_spread_grows_with_severity_and_respects_the_mask(kind: str) -> None:
+    policy = make(kind)
+    generator = torch.Generator().manual_seed(0)
+    free, fixed = all_true(kind, 400), ~all_true(kind, 400)
+    kept = [policy.spread(free, severity, generator).float().mean() for severity in (0.1, 0.5, 0.9)]
+    assert kept[0] > kept[1] > kept[2] > 0
+    assert set(policy.spread(fixed, 0.9, generator).flatten().tolist()) == {1 if kind == "removal" else RATIOS - 1}

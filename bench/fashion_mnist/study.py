@@ -7,6 +7,7 @@ Teachers: A is torchvision's ResNet-18 (3x32x32), B a ResNet-32 in the CIFAR sty
 T-teacher            train it; B's weights are kept in results/, A's in WORK
 T-proxy-N            student N of 30 drawn over the whole range (removals and widths): its accuracy after 0, 20 and 50
                      steps, and after 1 and 10 epochs of distillation
+T-anchor-N           the same of 6 more, to which the map of accuracies is fitted
 T-search-SEED        the search as it is, whose best student is trained fully
 T-chance-SEED        the same search with policies that never learn
 T-paper-SEED         the paper's protocol for as long as T-search-SEED took
@@ -36,7 +37,7 @@ from n2n_fast.evaluation import Evaluator
 
 HERE = Path(__file__).parent / "results"
 WORK = Path("build") / "fashion_mnist"  # what is too large to keep
-STUDENTS = 30
+STUDENTS, ANCHORS = 30, 6
 SEEDS = (0, 1, 2)
 CPU = torch.device("cpu")
 TEACHERS = {
@@ -44,7 +45,15 @@ TEACHERS = {
     "B": {"arch": "resnet32", "channels": 1, "image_size": 28, "epochs": 8.0},
 }
 # What is searched, by teacher: budgets that the wall-clock of an hour and of half an hour allow.
-SHORT = {"updates": 12, "anchors": 4, "anchor_epochs": 0.5, "anchor_every": 6, "stage_epochs": 0.5, "final_epochs": 8.0}
+SHORT = {
+    "updates": 12,
+    "anchors": 4,
+    "anchor_epochs": 0.25,
+    "anchor_every": 6,
+    "stage_epochs": 0.5,
+    "final_epochs": 8.0,
+    "keep_top": 1,
+}
 BUDGETS = {"A": SHORT, "B": {**SHORT, "rollout_steps": 10}}
 
 
@@ -237,8 +246,10 @@ def pieces():
         for name in ("B", "A"):
             for kind, make in kinds.items():
                 yield f"{name}-{kind}-{seed}", make, (name, seed)
-        for number in range(STUDENTS * seed // len(SEEDS), STUDENTS * (seed + 1) // len(SEEDS)):
-            for name in ("B", "A"):
+        for name in ("B", "A"):
+            for number in range(ANCHORS if seed == SEEDS[0] else 0):
+                yield f"{name}-anchor-{number}", proxy, (name, STUDENTS + number)
+            for number in range(STUDENTS * seed // len(SEEDS), STUDENTS * (seed + 1) // len(SEEDS)):
                 yield f"{name}-proxy-{number}", proxy, (name, number)
 
 
