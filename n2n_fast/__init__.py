@@ -6,6 +6,7 @@ from n2n_fast.errors import BadInput, DegenerateArchitecture
 from n2n_fast.graph import Architecture, Layer
 from n2n_fast.ops import build_info, kd_loss, kd_loss_and_grad, materialize
 from n2n_fast.result import Result, load_student
+from n2n_fast.reward import Cost
 from n2n_fast.run_directory import Interrupted
 from n2n_fast.search import Rollout, SearchProgress, compress
 from n2n_fast.space import ArchitectureSpace
@@ -17,6 +18,7 @@ __all__ = [
     "ArchitectureSpace",
     "Augmentation",
     "BadInput",
+    "Cost",
     "DegenerateArchitecture",
     "ImageData",
     "Interrupted",

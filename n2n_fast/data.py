@@ -341,6 +341,7 @@ class TeacherLogits:
         self._batch_size = batch_size
         self._whole: Tensor | None = None
         self._views: dict[tuple[int, int], Tensor] = {}
+        self.of_steps: dict[tuple[int, int | None, int], Tensor] = {}  # by seed, views and step of a schedule
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -452,8 +453,8 @@ class Schedule:
 class Batches:
     """A schedule of training batches with the teacher's logits, the very same for every student that iterates it.
 
-    A `TeacherLogits` runs once for each view of the whole split where a pass over it is asked for, and other schedules
-    of the same seed reuse that; otherwise the teacher runs once a step, on the first pass.
+    A `TeacherLogits` runs once for each view of the whole split where a pass over it is asked for; otherwise the
+    teacher runs once a step, on the first pass. Other schedules of the same seed reuse either.
     """
 
     def __init__(
@@ -474,7 +475,9 @@ class Batches:
         """
         self.schedule = Schedule(split, epochs, batch_size, augmentation, seed, views)
         self._teacher_logits = teacher_logits
-        self._memo: dict[int, Tensor] = {}
+        self._memo: dict[tuple[int, int | None, int], Tensor] = {}
+        if isinstance(teacher_logits, TeacherLogits):
+            self._memo = teacher_logits.of_steps
         numbers = len(self.schedule) * batch_size * split.channels * math.prod(split.image_size)
         self._keep = keep and numbers <= KEPT_NUMBERS
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -507,12 +510,13 @@ class Batches:
             view = schedule.view_of(step)
             if view is not None and self._covers_views(teacher):
                 return teacher.of_view(schedule, view)[index]
-        if step in self._memo:
-            return self._memo[step]
+        key = schedule.seed, schedule.views, step
+        if key in self._memo:
+            return self._memo[key]
         with torch.no_grad():
             logits = teacher(images).detach()
         if logits.numel() * len(schedule) <= KEPT_LOGITS:
-            self._memo[step] = logits
+            self._memo[key] = logits
         return logits
 
     def _covers_views(self, teacher: "TeacherLogits") -> bool:

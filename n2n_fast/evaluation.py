@@ -1,6 +1,7 @@
 """What a student is worth: the accuracy that a few steps give it, and its training in full (section 3.3)."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from n2n_fast.graph import Architecture
 from n2n_fast.seeds import derived
 from n2n_fast.space import ArchitectureSpace
 from n2n_fast.tracing import run
+
+Training = Callable[[nn.Module, float], object]  # trains a student in place, for so many epochs
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,18 @@ class Evaluator:
         logits: TeacherLogits,
         calibration: Tensor,
         config: SearchConfig,
+        training: Training | None = None,
     ) -> None:
-        """stage: its name, which seeds the batches. calibration: images (N, C, H, W) for the norms' statistics."""
+        """stage: its name, which seeds students. calibration: images (N, C, H, W) for the norms' statistics.
+
+        training: of students, instead of `distill.fit`.
+        """
         self.stage, self.space, self.data, self.config = stage, space, data, config
-        self._logits, self._calibration = logits, calibration
+        self._logits, self._calibration, self._training = logits, calibration, training
         self._device = data.train.images.device
         steps_per_epoch = max(1, len(data.train) // config.batch_size)
-        epochs = config.rollout_steps / steps_per_epoch if config.epochs is None else config.epochs
-        self._rollout_batches = self._batches(epochs, keep=True)
+        self._rollout_epochs = config.rollout_steps / steps_per_epoch if config.epochs is None else config.epochs
+        self._rollout_batches = self._batches(self._rollout_epochs, keep=True)
         self._images = _subset(data.validation, config.validation_images, derived(config.seed, "validation"))
 
     def evaluate(self, arch: Architecture, seed: int) -> Evaluation:
@@ -62,7 +69,7 @@ class Evaluator:
             clock.note("latency")
             error = None
             try:
-                self._fit(student, self._rollout_batches, self.config.learning_rate)
+                self._fit(student, self._rollout_batches, self._rollout_epochs, self.config.learning_rate)
             except Diverged as reason:
                 error = str(reason)
             clock.note("train")
@@ -84,7 +91,7 @@ class Evaluator:
             progress.stage(f"training {purpose}", len(batches))
         with seeded(derived(self.config.seed, self.stage, "training", arch.key), self._device):
             student = self._build(arch)
-            self._fit(student, batches, self.config.final_learning_rate, progress, keeper)
+            self._fit(student, batches, epochs, self.config.final_learning_rate, progress, keeper)
         return student
 
     def _build(self, arch: Architecture) -> fx.GraphModule:
@@ -97,10 +104,15 @@ class Evaluator:
         self,
         student: fx.GraphModule,
         batches: BatchSource,
+        epochs: float,
         learning_rate: float,
         progress: Progress | None = None,
         keeper: Keeper | None = None,
     ) -> None:
+        if self._training is not None:
+            self._training(student.train(), epochs)
+            student.eval()
+            return
         kd_weight = self.config.kd_weight
         fit(student, batches, learning_rate=learning_rate, kd_weight=kd_weight, progress=progress, keeper=keeper)
 
@@ -133,6 +145,7 @@ class Recipe:
     calibration: Tensor
     config: SearchConfig
     earlier: tuple[tuple[str, dict[str, Tensor]], ...] = ()
+    training: Training | None = None
 
     def __call__(self) -> Evaluator:
         """Make the evaluator."""
@@ -141,7 +154,7 @@ class Recipe:
         for architecture, state in self.earlier:
             student = restored(space, Architecture.from_json(architecture), state)
             space = space_of(student, self.calibration, self.config)
-        return Evaluator(self.stage, space, self.data, logits, self.calibration, self.config)
+        return Evaluator(self.stage, space, self.data, logits, self.calibration, self.config, self.training)
 
 
 def space_of(teacher: nn.Module, calibration: Tensor, config: SearchConfig) -> ArchitectureSpace:

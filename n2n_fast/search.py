@@ -18,7 +18,7 @@ from n2n_fast.config import STAGES, SearchConfig
 from n2n_fast.data import ImageData, TeacherLogits, accuracy
 from n2n_fast.distill import Diverged, Progress, seeded
 from n2n_fast.errors import BadInput, DegenerateArchitecture, first_line
-from n2n_fast.evaluation import Evaluation, Evaluator, Recipe, giving_logits, latency_of, restored, space_of
+from n2n_fast.evaluation import Evaluation, Evaluator, Recipe, Training, giving_logits, latency_of, restored, space_of
 from n2n_fast.graph import Architecture
 from n2n_fast.pareto import Point
 from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy
@@ -32,6 +32,8 @@ from n2n_fast.student import independent_copy
 from n2n_fast.workers import Engine, Job, Workers, engine
 
 SPREAD_TRIES = 20  # at an anchor that is not degenerate
+
+RewardFunction = Callable[[float, Cost], float]  # of the validation accuracy and of what the student costs
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ def compress(
     policies: str | os.PathLike[str] | None = None,
     command: Mapping[str, Any] | None = None,
     workers: Workers | None = None,
+    training: Training | None = None,
+    reward: RewardFunction | None = None,
 ) -> Result:
     """Search for the student of best reward, train it fully and write the run directory `out`.
 
@@ -139,9 +143,21 @@ def compress(
     config.json shall note of how this was called. workers: evaluate students in Ray workers, whose number does not
     change the result. Raises BadInput where teacher, data or `out` cannot be used, and Interrupted where `progress`
     says to stop.
+
+    training: trains a student in place for so many epochs, a fraction for a rollout; instead of distillation. Where a
+    run goes on, such a training begins again. reward: of a validation accuracy and a `Cost`; instead of C (2 - C) · A / A_teacher. Limits are held as ever.
     """
     with contextlib.closing(engine(workers)) as engine_of_run:
-        search = _Search(teacher, data, config or SearchConfig(), progress or SearchProgress(), policies, engine_of_run)
+        search = _Search(
+            teacher,
+            data,
+            config or SearchConfig(),
+            progress or SearchProgress(),
+            policies,
+            engine_of_run,
+            training,
+            reward,
+        )
         with RunDirectory(Path(out), search.settings(), resume, command) as directory:
             return search.run(directory)
 
@@ -157,7 +173,10 @@ class _Search:
         progress: SearchProgress,
         policies: str | os.PathLike[str] | None,
         engine: Engine,
+        training: Training | None,
+        reward: RewardFunction | None,
     ) -> None:
+        self.training, self.reward = training, reward
         self.config, self.data, self.progress, self.engine = config, data, progress, engine
         self.device = data.train.images.device
         self.policies = {} if policies is None else read_tensors(Path(policies))
@@ -231,7 +250,7 @@ class _Search:
 
     def _recipe(self, stage: str) -> Recipe:
         earlier = tuple((done["architecture"], done["student"]) for done in self.trained)
-        return Recipe(stage, self.given, self.data, self.calibration, self.config, earlier)
+        return Recipe(stage, self.given, self.data, self.calibration, self.config, earlier, self.training)
 
     def _stage(self, name: str, space: ArchitectureSpace) -> _Stage:
         """A stage at its beginning."""
@@ -252,7 +271,7 @@ class _Search:
         return _Stage(
             name=name,
             space=space,
-            evaluator=Evaluator(name, space, self.data, self.teacher.logits, self.calibration, config),
+            evaluator=Evaluator(name, space, self.data, self.teacher.logits, self.calibration, config, self.training),
             policy=policy,
             mask=torch.tensor([layer.removable for layer in space.layers])
             if removes
@@ -415,7 +434,10 @@ class _Search:
     def _judged(self, arch: Architecture, evaluation: Evaluation, accuracy: float, error: float) -> _Judged:
         teacher, objective = self.teacher, self.config.objective
         cost = Cost(arch.params, arch.macs, evaluation.latency)
-        value = reward(accuracy, cost.of(objective), teacher.accuracy, teacher.cost.of(objective))
+        if self.reward is not None:
+            value = float(self.reward(accuracy, cost))
+        else:
+            value = reward(accuracy, cost.of(objective), teacher.accuracy, teacher.cost.of(objective))
         return _Judged(arch, cost, accuracy, error, value, self.constraints.violation(cost, accuracy))
 
     # Anchors

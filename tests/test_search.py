@@ -441,3 +441,28 @@ def test_a_teacher_in_half_precision_with_two_outputs_and_a_leaf(teacher, data, 
         load_student(result.out)
     result.student.load_state_dict(torch.load(result.out / "student.pt", weights_only=True))
     assert result.table["student"]["params"] == sum(p.numel() for p in result.student.parameters())
+
+
+def test_ones_own_training_and_reward(teacher, data, tmp_path):
+    trained = []
+
+    def training(student, epochs):
+        assert student.training
+        trained.append(epochs)
+
+    config = replace(TINY, stages="shrinkage", updates=1, keep_top=1)
+    wanted = 3000
+    found = compress(
+        teacher,
+        data,
+        config,
+        tmp_path / "own",
+        training=training,
+        reward=lambda accuracy, cost: -abs(cost.params - wanted),
+    )
+    steps_per_epoch = len(data.train) // config.batch_size
+    assert trained == [e for _ in range(4) for e in (4 / steps_per_epoch, 0.5)] + [4 / steps_per_epoch] * 3 + [1]
+    for rollout in lines(found.out):
+        assert rollout["reward"] == -abs(rollout["params"] - wanted)
+    everyone = lines(found.out) + lines(found.out, "anchor")
+    assert found.table["student"]["params"] == min((r["params"] for r in everyone), key=lambda p: abs(p - wanted))
