@@ -145,7 +145,8 @@ def compress(
     says to stop.
 
     training: trains a student in place for so many epochs, a fraction for a rollout; instead of distillation. Where a
-    run goes on, such a training begins again. reward: of a validation accuracy and a `Cost`; instead of C (2 - C) · A / A_teacher. Limits are held as ever.
+    run goes on, such a training begins again. reward: of a validation accuracy and a `Cost`; instead of
+    C (2 - C) · A / A_teacher. Limits are held as ever.
     """
     with contextlib.closing(engine(workers)) as engine_of_run:
         search = _Search(
