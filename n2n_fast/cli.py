@@ -165,6 +165,7 @@ def cli() -> None:
 @click.option("--max-drop", type=float, metavar="POINTS", help="They may lose no more of the teacher's accuracy.")
 @click.option("--policy", type=click.Path(path_type=Path), metavar="FILE", help="Start from another run's policies.pt.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with a run that was cut off.")
+@click.option("--tensorboard", is_flag=True, help="Write the history for TensorBoard too, at the end.")
 @common_options
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory; default: runs/1, runs/2, ...")
 @click.pass_context
@@ -176,6 +177,8 @@ def run(context: click.Context, /, **options: Any) -> int:
     """
     if options["resume"] is not None:
         options = _as_before(context, options)
+    if options["tensorboard"]:
+        report.check_tensorboard()
     config = _config(options)
     model, images = _teacher_and_data(options, config.seed)
     start = time.perf_counter()
@@ -191,7 +194,9 @@ def run(context: click.Context, /, **options: Any) -> int:
             command={name: _plain(value) for name, value in options.items() if name != "resume"},
         )
     click.echo("\n" + report.result_table(result.table))
-    written = ", ".join(n for n in ("student.pt2", "student.pt", "result.json") if (result.out / n).exists())
+    report.draw_if_possible(result.out, options["tensorboard"], lambda text: click.echo(text, err=True))
+    names = ("student.pt2", "student.pt", "result.json", "report.html", report.TENSORBOARD)
+    written = ", ".join(n for n in names if (result.out / n).exists())
     click.echo(f"\n{result.out}: {written}; {time.perf_counter() - start:.0f} s")
     if not result.feasible:
         missed = ", ".join(f"{name} by {gap:.1%}" for name, gap in result.table["gaps"].items())
@@ -352,6 +357,22 @@ def evaluate(directory: Path, data: str | None, download: bool, device: torch.de
     click.echo(
         f"{name} accuracy {_exported_accuracy(student, images, split):.2%} on {len(split)} images of {images.name}"
     )
+
+
+@cli.command("report")
+@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--tensorboard", is_flag=True, help="Write the same scalars for TensorBoard too.")
+def report_command(directory: Path, tensorboard: bool) -> None:
+    """Draw a run, finished or not: report.png and report.html in its directory.
+
+    Example: n2n-fast report runs/1
+    """
+    if tensorboard:
+        report.check_tensorboard()
+    for path in report.write_report(directory):
+        click.echo(path)
+    if tensorboard:
+        click.echo(report.write_tensorboard(directory))
 
 
 # What the commands are made of

@@ -85,7 +85,14 @@ def finish(
 
 
 def _described(part: Chosen) -> dict[str, Any]:
-    return {"stage": part.stage, "layers": [layer.name for layer in part.space.layers], **asdict(part.architecture)}
+    """An architecture, and for readers each layer's output channels and kernel: before the stage, after it."""
+    space, arch = part.space, part.architecture
+    columns = (arch.keep, space.widths(space.teacher), space.widths(arch), space.teacher.kernels, arch.kernels)
+    sizes = [
+        {"kind": layer.kind, "kept": kept, "channels": [before, after], "kernel": [kernel, cropped]}
+        for layer, kept, before, after, kernel, cropped in zip(space.layers, *columns, strict=True)
+    ]
+    return {"stage": part.stage, "layers": [layer.name for layer in space.layers], **asdict(arch), "sizes": sizes}
 
 
 def _measured(model: nn.Module, arch: Architecture, data: ImageData) -> dict[str, Any]:
