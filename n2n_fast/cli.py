@@ -19,6 +19,7 @@ from n2n_fast import report, teacher
 from n2n_fast.config import PROTOCOLS, SearchConfig
 from n2n_fast.data import ImageData, accuracy, load
 from n2n_fast.errors import BadInput, first_line
+from n2n_fast.export import SUFFIXES, export
 from n2n_fast.result import load_student
 from n2n_fast.reward import OBJECTIVES
 from n2n_fast.run_directory import Interrupted, read_settings
@@ -373,6 +374,23 @@ def report_command(directory: Path, tensorboard: bool) -> None:
         click.echo(path)
     if tensorboard:
         click.echo(report.write_tensorboard(directory))
+
+
+@cli.command("export")
+@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(list(SUFFIXES)), required=True, help="What others shall read.")
+@click.option("--out", type=click.Path(path_type=Path), help="File; default: export.pt2, .onnx or .pt in RUN.")
+@click.option("--opset", type=click.IntRange(min=1), metavar="N", help="Of ONNX; default: torch's.")
+@click.option("--static-batch", type=click.IntRange(min=1), metavar="N", help="For N images at once; default: any.")
+@click.option("--fold-bn", is_flag=True, help="Batch norms into the convolutions before them.")
+def export_command(
+    directory: Path, to: str, out: Path | None, opset: int | None, static_batch: int | None, fold_bn: bool
+) -> None:
+    """Write a run's student for others, and compare the file with the student.
+
+    Example: n2n-fast export runs/1 --to onnx --fold-bn
+    """
+    click.echo(report.export_table(export(directory, to, out, opset, static_batch, fold_bn)))
 
 
 # What the commands are made of

@@ -10,6 +10,7 @@ from typing import Any
 
 from n2n_fast import plots
 from n2n_fast.errors import BadInput, first_line
+from n2n_fast.export import Exported
 from n2n_fast.graph import Architecture
 from n2n_fast.pareto import front
 from n2n_fast.record import LayerRecord, RunRecord, StageRecord, read_record
@@ -181,6 +182,22 @@ def _scalars(record: RunRecord) -> Iterator[tuple[str, float, int]]:
         for step, fitted in stage.maps:
             if fitted.error is not None:
                 yield f"{stage.name}/leave_one_out_error", fitted.error, step
+
+
+def export_table(exported: Exported) -> str:
+    """What was written and how it compares with the student, as aligned text."""
+    rows: Rows = [("", "student", "exported")]
+    rows.append(("size on disk", f"{exported.student_bytes / 1e6:.3f} MB", f"{exported.bytes / 1e6:.3f} MB"))
+    for count, latencies in exported.latencies.items():
+        name = f"latency, {count} image{'s' if count > 1 else ''}"
+        rows.append((name, *(f"{latency:.3f} ms" for latency in latencies)))
+    told = ["any batch size" if exported.batch is None else f"batches of {exported.batch}"]
+    if exported.opset is not None:
+        told.append(f"opset {exported.opset}")
+    if exported.norms:
+        told.append(f"{exported.folded} of {exported.norms} batch norms folded")
+    told.append(f"largest difference of logits {exported.difference:.1e}")
+    return f"{_aligned(rows)}\n\n{exported.path}: {', '.join(told)}"
 
 
 def layer_table(space: ArchitectureSpace) -> str:
