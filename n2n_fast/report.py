@@ -13,6 +13,7 @@ from n2n_fast.errors import BadInput, first_line
 from n2n_fast.export import Exported
 from n2n_fast.graph import Architecture
 from n2n_fast.pareto import front
+from n2n_fast.plan import Plan
 from n2n_fast.record import LayerRecord, RunRecord, StageRecord, read_record
 from n2n_fast.space import ArchitectureSpace
 
@@ -198,6 +199,25 @@ def export_table(exported: Exported) -> str:
         told.append(f"{exported.folded} of {exported.norms} batch norms folded")
     told.append(f"largest difference of logits {exported.difference:.1e}")
     return f"{_aligned(rows)}\n\n{exported.path}: {', '.join(told)}"
+
+
+def plan_table(plan: Plan) -> str:
+    """A search to come, as aligned text."""
+    rows: Rows = [("stage", "choices", "architectures", "rollouts", "one takes", "full trainings", "all of it")]
+    for stage in plan.stages:
+        size = f"10^{stage.architectures_log10:.1f}"
+        times = (f"{stage.rollout_seconds:.2f} s", str(stage.trainings), _duration(stage.seconds))
+        rows.append((stage.name, str(stage.choices), size, str(stage.rollouts), *times))
+    told = f"teacher: {plan.params:,} params, {plan.macs:,} MACs"
+    warnings = "".join(f"\nwarning: {warning}" for warning in plan.warnings)
+    return f"{told}\n\n{_aligned(rows)}\n\nat most about {_duration(plan.seconds)} here; nothing was written{warnings}"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as they are said: "40 s", "12 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def layer_table(space: ArchitectureSpace) -> str:
