@@ -70,6 +70,10 @@ def export(
     norms, folded = _norms(student), fold_batch_norms(worked_on) if fold_bn else 0
     aside = out.with_name(f".{out.name}.new")
     try:
+        aside.touch()
+    except OSError as error:
+        raise BadInput(f"{out}: cannot be written ({error.strerror}); give another --out") from None
+    try:
         written = _write(worked_on, to, aside, opset, static_batch)
         forward = _reader(run, to, aside)
         difference = _compared(student, forward, static_batch)

@@ -54,30 +54,26 @@ def plan(teacher: nn.Module, data: ImageData, config: SearchConfig) -> Plan:
     """
     count = min(config.calibration_images, len(data.train))
     images = data.train.batch(torch.arange(count, device=data.train.labels.device))[0]
-    looks = config.init in ("reconstructed", "calibrated") or config.saliency == "activations"
-    teacher = teacher.eval()
-    space = ArchitectureSpace(
-        teacher,
-        images[:2],
-        images if looks else None,
-        saliency=config.saliency,
-        leaf=config.leaf,
-        round_to=config.round_to,
-    )
+    space = _space(teacher.eval(), images, config)
     if not isinstance(teacher(images[:2]), torch.Tensor):
         teacher = space.build(space.teacher, "inherit")  # of several outputs it gives the logits
     logits = TeacherLogits(teacher, data.train)
-    names = STAGES[config.stages]
     steps = max(1, round(_steps(config, len(data.train))))
     timed = replace(config, epochs=None, rollout_steps=min(TIMED_STEPS, steps))
-    stages = []
+    names, stages = STAGES[config.stages], []
     for name in names:
-        evaluator = Evaluator(name, space, data, logits, images, timed)
-        stages.append(
-            _stage(name, space, _timed(name, space, evaluator, config), timed, config, data, name == names[-1])
-        )
+        found = _timed(name, space, Evaluator(name, space, data, logits, images, timed))
+        stages.append(_stage(name, space, found, timed, config, data, last=name == names[-1]))
     seconds = sum(stage.seconds for stage in stages) + _logits_seconds(logits, data, config)
     return Plan(space.teacher.params, space.teacher.macs, tuple(stages), seconds, space.warnings)
+
+
+def _space(teacher: nn.Module, images: torch.Tensor, config: SearchConfig) -> ArchitectureSpace:
+    looks = config.init in ("reconstructed", "calibrated") or config.saliency == "activations"
+    calibration = images if looks else None
+    return ArchitectureSpace(
+        teacher, images[:2], calibration, saliency=config.saliency, leaf=config.leaf, round_to=config.round_to
+    )
 
 
 def _steps(config: SearchConfig, images: int) -> float:
@@ -128,8 +124,9 @@ def _shrinkages(space: ArchitectureSpace, ratios: tuple[float, ...]) -> tuple[in
     return count, total
 
 
-def _timed(name: str, space: ArchitectureSpace, evaluator: Evaluator, config: SearchConfig) -> Evaluation:
+def _timed(name: str, space: ArchitectureSpace, evaluator: Evaluator) -> Evaluation:
     """The second of two rollouts: the first prepares what all others share."""
+    config = evaluator.config
     rng = random.Random(derived(config.seed, "plan", name))
     drawn = (arch for _ in range(TRIES) if (arch := _drawn(name, space, config, rng)) is not None)
     found = [evaluator.evaluate(arch, seed) for seed, arch in zip(range(2), drawn, strict=False)]

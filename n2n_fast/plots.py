@@ -32,7 +32,7 @@ def picture(record: RunRecord, table: str) -> bytes:
         raise BadInput("report needs matplotlib: pip install 'n2n_fast[plot]'")
     from matplotlib.figure import Figure
 
-    layers = [layer for layer in record.layers if layer.kind in DRAWN_KINDS]
+    layers = [layer for layer in record.layers if layer.kind in DRAWN_KINDS and layer.teacher_channels]
     figure: Any = Figure(figsize=(16, 12.5 + 4.5 * bool(layers)), dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
     parts = figure.subfigures(2, height_ratios=(12.5, 4.5)) if layers else [figure]
@@ -167,12 +167,13 @@ def _layers(axes: Axes, layers: Sequence[LayerRecord]) -> None:
     """Teacher and student side by side: an outline as high as the teacher's layer is wide, a bar for the student's."""
     _style(axes, "convolutions and linear layers, teacher and student (channels; above: kernel)", "", "output channels")
     numbers = range(len(layers))
+    heights = [layer.teacher_channels or 0 for layer in layers]
     axes.set_yscale("log", base=2)
-    axes.bar(numbers, [layer.teacher_channels for layer in layers], width=0.8, facecolor="none", edgecolor=INK,
+    axes.bar(numbers, heights, width=0.8, facecolor="none", edgecolor=INK,
              linewidth=0.8, label="teacher")  # fmt: skip
-    kept = [(n, layer.channels) for n, layer in zip(numbers, layers, strict=True) if layer.channels is not None]
+    kept = [(n, layer.channels) for n, layer in zip(numbers, layers, strict=True) if layer.kept]
     axes.bar(*zip(*kept, strict=True), width=0.56, color=ACCENT, label="student")
-    gone = [n for n, layer in zip(numbers, layers, strict=True) if layer.channels is None]
+    gone = [n for n, layer in zip(numbers, layers, strict=True) if not layer.kept]
     edge = axes.get_xaxis_transform()
     if gone:
         axes.scatter(gone, [0.06] * len(gone), marker="x", s=40, color=INK, transform=edge, label="removed")
@@ -185,7 +186,7 @@ def _layers(axes: Axes, layers: Sequence[LayerRecord]) -> None:
     above.spines["top"].set_visible(False)
     above.tick_params(length=0)
     axes.set_xlim(-0.6, len(layers) - 0.4)
-    axes.set_ylim(1, 2 * max(layer.teacher_channels for layer in layers))
+    axes.set_ylim(1, 2 * max(heights))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
     axes.grid(visible=False, axis="x")
     axes.legend(fontsize=SMALL, framealpha=0.9, ncols=3, loc="upper left")
@@ -194,7 +195,7 @@ def _layers(axes: Axes, layers: Sequence[LayerRecord]) -> None:
 def _kernels(layer: LayerRecord) -> str:
     """The kernel's size, and what it became where that is smaller: "3×3", "3×3→1×1"."""
     before = "×".join(map(str, layer.teacher_kernel))
-    if layer.kernel is None or layer.kernel == layer.teacher_kernel:
+    if not layer.kept or layer.kernel == layer.teacher_kernel:
         return before
     return f"{before}→{'×'.join(map(str, layer.kernel))}"
 

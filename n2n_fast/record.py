@@ -54,14 +54,15 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """A layer of the teacher and what the student has of it; channels, kernel None: removed."""
+    """A layer of the teacher and what the student has of it, if it is kept. Channels: of its output; None: none."""
 
     name: str
     kind: str
-    teacher_channels: int
-    teacher_kernel: tuple[int, ...]
+    kept: bool
+    teacher_channels: int | None
     channels: int | None
-    kernel: tuple[int, ...] | None
+    teacher_kernel: tuple[int, ...]
+    kernel: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -135,15 +136,16 @@ def _layers(stages: list[Line]) -> list[LayerRecord]:
         }  # the second stage knows only what the first one kept
     rows = []
     for name, size in zip(stages[0]["layers"], stages[0]["sizes"], strict=True):
-        after = left.get(name)
+        after = left.get(name, size)
         rows.append(
             LayerRecord(
                 name=name,
                 kind=size["kind"],
+                kept=name in left,
                 teacher_channels=size["channels"][0],
+                channels=after["channels"][1],
                 teacher_kernel=tuple(size["kernel"][0]),
-                channels=None if after is None else after["channels"][1],
-                kernel=None if after is None else tuple(after["kernel"][1]),
+                kernel=tuple(after["kernel"][1]),
             )
         )
     return rows

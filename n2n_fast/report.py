@@ -89,7 +89,7 @@ def _page(record: RunRecord, drawn: bytes) -> str:
         parts += [f"<h2>Anchors of {html.escape(stage.name)}</h2>", f"<p>{_map_text(stage)}</p>"]
         parts.append(_html_table(_anchor_rows(stage)))
     if record.layers:
-        removed = [layer.channels is None for layer in record.layers]
+        removed = [not layer.kept for layer in record.layers]
         parts += ["<h2>Layers</h2>", _html_table(_layer_rows(record.layers), removed)]
     settings = html.escape(json.dumps(record.settings, indent=2))
     parts.append(f"<details><summary>Settings</summary><pre>{settings}</pre></details>")
@@ -141,9 +141,11 @@ def _anchor_rows(stage: StageRecord) -> Rows:
 def _layer_rows(layers: Iterable[LayerRecord]) -> Rows:
     rows: Rows = [("layer", "kind", "channels, teacher", "student", "kernel, teacher", "student")]
     for layer in layers:
-        channels = "removed" if layer.channels is None else str(layer.channels)
-        teacher, student = ("×".join(map(str, kernel or ())) for kernel in (layer.teacher_kernel, layer.kernel))
-        rows.append((layer.name, layer.kind, str(layer.teacher_channels), channels, teacher, student))
+        widths = [str(width or "") for width in (layer.teacher_channels, layer.channels)]
+        kernels = ["×".join(map(str, kernel)) for kernel in (layer.teacher_kernel, layer.kernel)]
+        if not layer.kept:
+            widths[1], kernels[1] = "removed", ""
+        rows.append((layer.name, layer.kind, *widths, *kernels))
     return rows
 
 

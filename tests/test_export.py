@@ -187,6 +187,7 @@ def test_the_command_tells_what_it_wrote(run, monkeypatch, capsys):
         (("--to", "state-dict", "--fold-bn"), "--to pt2 or onnx"),
         (("--to", "state-dict", "--static-batch", "2"), "--to pt2 or onnx"),
         (("--to", "pt2", "--out", "student.pt"), "exists already"),
+        (("--to", "pt2", "--out", "nowhere/x.pt2"), "cannot be written"),
         (("--to", "pt2", "--static-batch", "0"), "--static-batch"),
         (("--to", "coreml"), "coreml"),
         ((), "--to"),

@@ -80,11 +80,12 @@ def test_layers_stand_as_they_are_in_the_student(tiny_run):
     assert weights
     for layer in layers:
         if layer.name in weights:
+            assert layer.kept
             assert layer.channels == len(weights[layer.name])
             assert layer.channels <= layer.teacher_channels
             assert layer.kernel == tuple(weights[layer.name].shape[2:])
         elif layer.kind in ("conv", "linear"):
-            assert layer.channels is None
+            assert not layer.kept
     assert {layer.name for layer in layers} >= set(weights)
 
 
