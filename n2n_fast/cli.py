@@ -5,20 +5,22 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import torch
 from torch import nn
 
-import n2n_fast
 from n2n_fast import report, teacher
-from n2n_fast.config import PROTOCOLS, SearchConfig
+from n2n_fast.config import PROTOCOLS, STAGES, SearchConfig
 from n2n_fast.data import ImageData, accuracy, load
 from n2n_fast.errors import BadInput, first_line
+from n2n_fast.export import SUFFIXES, export
+from n2n_fast.options import OF_ONE_CALL, Group, option, section, version
+from n2n_fast.plan import plan
 from n2n_fast.result import load_student
 from n2n_fast.reward import OBJECTIVES
 from n2n_fast.run_directory import Interrupted, read_settings
@@ -41,8 +43,6 @@ DIGITS_DEFAULTS = {
 }
 DIGITS_VALIDATION = 0.2
 DIGITS_TEACHER_EPOCHS = 30.0
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def main() -> None:
@@ -73,15 +73,6 @@ def _fail(message: str) -> None:
 # Options that several commands share
 
 
-def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
 def _numbers(_: click.Context, option: click.Parameter, value: str | None) -> list[float] | None:
     """Comma-separated numbers, as --mean and --std take them."""
     if value is None:
@@ -101,89 +92,125 @@ def _device(_: click.Context, option: click.Parameter, value: str | None) -> tor
     return device
 
 
-data_options = _options(
-    click.option("--data", default=DIGITS, show_default=True, metavar="SPEC",
-                 help="digits, cifar10:DIR, cifar100:DIR, svhn:DIR, fashion-mnist:DIR, imagefolder:DIR or npz:FILE."),
-    click.option("--mean", callback=_numbers, metavar="M[,M,M]", help="Pixel mean, 0 to 1; default: the set's own."),
-    click.option("--std", callback=_numbers, metavar="S[,S,S]", help="Pixel deviation; default: the set's own."),
-    click.option("--image-size", type=click.IntRange(min=1), metavar="PX", help="Resize images to PX x PX."),
-    click.option("--download", is_flag=True, help="Fetch a missing data set (cifar, svhn, fashion-mnist)."),
+data_options = section(
+    "Data",
+    option("--data", default=DIGITS, show_default=True, metavar="SPEC",
+           help="digits, cifar10:DIR, cifar100:DIR, svhn:DIR, fashion-mnist:DIR, imagefolder:DIR or npz:FILE."),
+    option("--mean", callback=_numbers, metavar="M[,M,M]", help="Pixel mean, 0 to 1; default: the set's own."),
+    option("--std", callback=_numbers, metavar="S[,S,S]", help="Pixel deviation; default: the set's own."),
+    option("--image-size", type=click.IntRange(min=1), metavar="PX", help="Resize images to PX x PX."),
+    option("--download", is_flag=True, help="Fetch a missing data set (cifar, svhn, fashion-mnist)."),
 )  # fmt: skip
-teacher_options = _options(
-    click.option("--teacher", "teacher_file", type=click.Path(path_type=Path), help="File with the state dict."),
-    click.option("--arch", metavar="NAME", help="torchvision name or package.module:factory; default: inferred."),
-    click.option("--allow-pickle", is_flag=True, help="Read a pickled module; runs code from the file."),
-    click.option("--leaf", multiple=True, metavar="MODULE", help="Treat a submodule as one opaque layer; repeatable."),
-    click.option("--round-to", type=click.IntRange(min=1), metavar="N", help="Shrink to multiples of N channels."),
+teacher_options = section(
+    "Teacher",
+    option("--teacher", "teacher_file", type=click.Path(path_type=Path), help="File with the state dict."),
+    option("--arch", metavar="NAME", help="torchvision name or package.module:factory; default: inferred."),
+    option("--allow-pickle", is_flag=True, help="Read a pickled module; runs code from the file."),
+    option("--leaf", multiple=True, metavar="MODULE", help="Treat a submodule as one opaque layer; repeatable."),
+    option("--round-to", type=click.IntRange(min=1), metavar="N", help="Shrink to multiples of N channels."),
 )  # fmt: skip
-common_options = _options(
-    click.option("--seed", default=0, show_default=True, type=int),
-    click.option("--device", callback=_device, help="cpu, cuda, ...; default: cuda where there is one."),
-)
+seed_option = option("--seed", default=0, show_default=True, type=int, help="Of all that is drawn.")
+device_option = option("--device", callback=_device, help="cpu, cuda, ...; default: cuda where there is one.")
+json_option = option("--json", "as_json", is_flag=True, help="For programs: JSON on stdout.")
+quiet_option = option("--quiet", is_flag=True, help="No progress; warnings and the result alone.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(n2n_fast.__version__, prog_name="n2n-fast")
+def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo(version())
+        context.exit()
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
+              help="Show the version, and what was built.")  # fmt: skip
 def cli() -> None:
-    """Compress a trained CNN into a much smaller one by N2N learning."""
+    """Compress a trained CNN into a much smaller one by N2N learning.
+
+    Any option can be given by the environment too, N2N_FAST_<OPTION>, or in a file, --config FILE; the command line
+    comes before the environment, and that before the file.
+    """
 
 
-@cli.command()
+@cli.command(example="n2n-fast run --teacher resnet18.pt --data cifar10:data")
 @teacher_options
 @data_options
-@click.option(
-    "--stages", type=click.Choice(["both", "removal", "shrinkage"]), help="Remove layers, shrink them, or both."
+@section(
+    "Search",
+    option("--stages", type=click.Choice(list(STAGES)), help="Remove layers, shrink them, or both."),
+    option(
+        "--protocol",
+        type=click.Choice(list(PROTOCOLS)),
+        default="fast",
+        show_default=True,
+        help="paper: random weights, five epochs for each student, nothing corrected; the control.",
+    ),
+    option("--updates", type=int, metavar="N", help="Policy updates in each stage."),
+    option("--rollouts", type=int, metavar="N", help="Students evaluated for each update."),
+    option("--rollout-steps", type=int, metavar="K", help="Training steps of each student; 0: none."),
+    option("--epochs", type=float, metavar="E", help="Training of each student in epochs instead."),
+    option("--validation-images", type=int, metavar="N", help="Images that each student is tried on."),
+    option("--anchors", type=int, metavar="N", help="Students trained fully to correct accuracies; 0: none."),
+    option("--init", type=click.Choice(INITS), help="What students start from."),
+    option("--saliency", type=click.Choice(SALIENCIES), help="Which channels students keep."),
+    option("--policy", type=click.Path(path_type=Path), metavar="FILE", help="Start from another run's policies.pt."),
+    seed_option,
 )
-@click.option(
-    "--protocol",
-    type=click.Choice(list(PROTOCOLS)),
-    default="fast",
-    show_default=True,
-    help="paper: random weights, five epochs for each student, nothing corrected; the control.",
+@section(
+    "Training",
+    option("--anchor-epochs", type=float, metavar="E", help="Training of an anchor."),
+    option("--stage-epochs", type=float, metavar="E", help="Training of stage 1's best student."),
+    option("--final-epochs", type=float, metavar="E", help="Training of the last stage's best students."),
+    option("--keep-top", type=int, metavar="M", help="How many of them are trained."),
+    option("--batch-size", type=int, metavar="N", help="Images per training step."),
+    option("--learning-rate", type=float, metavar="R", help="Peak learning rate of rollouts."),
+    option("--final-learning-rate", type=float, metavar="R", help="Peak learning rate of the best students."),
+    option("--kd-weight", type=float, metavar="λ", help="Weight of the distillation loss."),
+    device_option,
 )
-@click.option("--updates", type=int, metavar="N", help="Policy updates in each stage.")
-@click.option("--rollouts", type=int, metavar="N", help="Students evaluated for each update.")
-@click.option("--rollout-steps", type=int, metavar="K", help="Training steps of each student; 0: none.")
-@click.option("--epochs", type=float, metavar="E", help="Training of each student in epochs instead.")
-@click.option("--validation-images", type=int, metavar="N", help="Images that each student is tried on.")
-@click.option("--anchors", type=int, metavar="N", help="Students trained fully to correct accuracies; 0: none.")
-@click.option("--anchor-epochs", type=float, metavar="E", help="Training of an anchor.")
-@click.option("--stage-epochs", type=float, metavar="E", help="Training of stage 1's best student.")
-@click.option("--final-epochs", type=float, metavar="E", help="Training of the last stage's best students.")
-@click.option("--keep-top", type=int, metavar="M", help="How many of them are trained.")
-@click.option("--batch-size", type=int, metavar="N", help="Images per training step.")
-@click.option("--learning-rate", type=float, metavar="R", help="Peak learning rate of rollouts.")
-@click.option("--final-learning-rate", type=float, metavar="R", help="Peak learning rate of the best students.")
-@click.option("--init", type=click.Choice(INITS), help="What students start from.")
-@click.option("--saliency", type=click.Choice(SALIENCIES), help="Which channels students keep.")
-@click.option("--kd-weight", type=float, metavar="λ", help="Weight of the distillation loss.")
-@click.option("--objective", type=click.Choice(OBJECTIVES), help="What the compression in the reward counts.")
-@click.option("--max-params", type=int, metavar="N", help="Students must have no more parameters.")
-@click.option("--max-macs", type=int, metavar="N", help="Students must need no more MACs for an image.")
-@click.option("--max-latency", type=float, metavar="MS", help="Students must take no longer on this device.")
-@click.option("--latency-batch", type=int, metavar="N", help="Images of the latency.")
-@click.option("--min-accuracy", type=float, metavar="A", help="Students must reach this validation accuracy, 0 to 1.")
-@click.option("--max-drop", type=float, metavar="POINTS", help="They may lose no more of the teacher's accuracy.")
-@click.option("--policy", type=click.Path(path_type=Path), metavar="FILE", help="Start from another run's policies.pt.")
-@click.option("--workers", type=int, metavar="N", help="Evaluate students in N Ray workers (extra ray).")
-@click.option("--ray-address", metavar="ADDRESS", help="Of a Ray cluster; default: start Ray on this machine.")
-@click.option("--gpus-per-worker", type=float, default=0.0, metavar="G", help="May be a fraction.")
-@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with a run that was cut off.")
-@common_options
-@click.option("--out", type=click.Path(path_type=Path), help="Run directory; default: runs/1, runs/2, ...")
+@section(
+    "Objective and limits",
+    option("--objective", type=click.Choice(OBJECTIVES), help="What the compression in the reward counts."),
+    option("--max-params", type=int, metavar="N", help="Students must have no more parameters."),
+    option("--max-macs", type=int, metavar="N", help="Students must need no more MACs for an image."),
+    option("--max-latency", type=float, metavar="MS", help="Students must take no longer on this device."),
+    option("--latency-batch", type=int, metavar="N", help="Images of the latency."),
+    option("--min-accuracy", type=float, metavar="A", help="Students must reach this validation accuracy, 0 to 1."),
+    option("--max-drop", type=float, metavar="POINTS", help="They may lose no more of the teacher's accuracy."),
+)
+@section(
+    "Workers",
+    option("--workers", type=int, metavar="N", help="Evaluate students in N Ray workers (extra ray)."),
+    option("--ray-address", metavar="ADDRESS", help="Of a Ray cluster; default: start Ray on this machine."),
+    option("--gpus-per-worker", type=float, default=0.0, metavar="G", help="May be a fraction."),
+)
+@section(
+    "Run and output",
+    option("--out", type=click.Path(path_type=Path), help="Run directory; default: runs/1, runs/2, ..."),
+    option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with a run that was cut off."),
+    option("--dry-run", is_flag=True, help="Tell what would be searched and for how long; write nothing."),
+    option("--tensorboard", is_flag=True, help="Write the history for TensorBoard too, at the end."),
+    json_option,
+    quiet_option,
+)
 @click.pass_context
 def run(context: click.Context, /, **options: Any) -> int:
     """Search for the best student of a teacher, train it and write it to a run directory.
 
     Without --teacher a small ResNet is trained on the data first. What --resume goes on with needs no other options.
-    Example: n2n-fast run --teacher resnet18.pt --data cifar10:data
     """
     if options["resume"] is not None:
         options = _as_before(context, options)
+    if options["tensorboard"]:
+        report.check_tensorboard()
     config = _config(options)
     model, images = _teacher_and_data(options, config.seed)
+    if options["dry_run"]:
+        found = plan(model, images, config)
+        _tell(options["as_json"], asdict(found), report.plan_table(found))
+        return 0
     start = time.perf_counter()
-    with _Bar() as bar, bar.stops_by_signals():
+    with _Bar(options["quiet"]) as bar, bar.stops_by_signals():
         result = compress(
             model,
             images,
@@ -193,11 +220,14 @@ def run(context: click.Context, /, **options: Any) -> int:
             resume=options["resume"] is not None,
             policies=options["policy"],
             workers=_workers(options),
-            command={name: _plain(value) for name, value in options.items() if name != "resume"},
+            command={name: _plain(value) for name, value in options.items() if name not in OF_ONE_CALL},
         )
-    click.echo("\n" + report.result_table(result.table))
-    written = ", ".join(n for n in ("student.pt2", "student.pt", "result.json") if (result.out / n).exists())
-    click.echo(f"\n{result.out}: {written}; {time.perf_counter() - start:.0f} s")
+    report.draw_if_possible(result.out, options["tensorboard"], bar.message)
+    names = ("student.pt2", "student.pt", "result.json", "report.html", report.TENSORBOARD)
+    written = ", ".join(n for n in names if (result.out / n).exists())
+    seconds = time.perf_counter() - start
+    text = f"\n{report.result_table(result.table)}\n\n{result.out}: {written}; {seconds:.0f} s"
+    _tell(options["as_json"], {"out": str(result.out), **result.table}, text)
     if not result.feasible:
         missed = ", ".join(f"{name} by {gap:.1%}" for name, gap in result.table["gaps"].items())
         click.echo(f"no student met the limits; the nearest was saved, it misses {missed}", err=True)
@@ -233,7 +263,7 @@ def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, Im
                    channels)  # fmt: skip
     if model is None:
         model = _teach(teacher.create("digits_resnet", images.classes, 1, seed=seed), images,
-                       epochs=DIGITS_TEACHER_EPOCHS, seed=seed)  # fmt: skip
+                       options["quiet"], epochs=DIGITS_TEACHER_EPOCHS, seed=seed)  # fmt: skip
     teacher.check_fits(model.to(device), images)
     return model, images
 
@@ -244,9 +274,9 @@ def _as_before(context: click.Context, options: dict[str, Any]) -> dict[str, Any
     if not isinstance(held, dict):
         raise BadInput(f"{options['resume']}: was not begun by n2n-fast run; go on from Python, compress(resume=True)")
     told = {name: value for name, value in held.items() if name in options and not _was_given(context, name)}
-    for option in context.command.params:
-        if option.name in told and told[option.name] is not None and not option.multiple:
-            told[option.name] = option.type_cast_value(context, told[option.name])
+    for param in context.command.params:
+        if param.name in told and told[param.name] is not None and not param.multiple:
+            told[param.name] = param.type_cast_value(context, told[param.name])
     device = told.get("device")
     return {**options, **told, **({} if device is None else {"device": torch.device(device)})}
 
@@ -262,20 +292,42 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, torch.device) else value
 
 
-@cli.command()
-@click.option(
-    "--arch", default="resnet18", show_default=True, help="torchvision name, resnet20/32/56 or digits_resnet."
-)
-@click.option("--cifar-stem", is_flag=True, help="3x3 first convolution without pooling, for torchvision's ResNets.")
-@click.option(
-    "--channels", type=click.IntRange(min=1), help="Input channels; default: 3 for torchvision, else the data's."
+@cli.command(example="n2n-fast teach --arch resnet18 --data cifar10:data --out resnet18.pt")
+@section(
+    "Teacher",
+    option(
+        "--arch",
+        default="resnet18",
+        show_default=True,
+        metavar="NAME",
+        help="torchvision name, resnet20/32/56 or digits_resnet.",
+    ),
+    option("--cifar-stem", is_flag=True, help="3x3 first convolution without pooling, for torchvision's ResNets."),
+    option(
+        "--channels",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Input channels; default: 3 for torchvision, else the data's.",
+    ),
+    option("--out", default="teacher.pt", show_default=True, type=click.Path(path_type=Path), help="File to write."),
 )
 @data_options
-@click.option("--epochs", default=10.0, show_default=True, type=float)
-@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=1))
-@click.option("--learning-rate", default=0.1, show_default=True, type=float)
-@common_options
-@click.option("--out", default="teacher.pt", show_default=True, type=click.Path(path_type=Path))
+@section(
+    "Training",
+    option("--epochs", default=10.0, show_default=True, type=float, metavar="E", help="Times through the data."),
+    option(
+        "--batch-size",
+        default=128,
+        show_default=True,
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Images per training step.",
+    ),
+    option("--learning-rate", default=0.1, show_default=True, type=float, metavar="R", help="Its peak."),
+    seed_option,
+    device_option,
+)
+@quiet_option
 def teach(
     arch: str,
     cifar_stem: bool,
@@ -291,11 +343,9 @@ def teach(
     seed: int,
     device: torch.device,
     out: Path,
+    quiet: bool,
 ) -> None:
-    """Train a teacher on a data set and save its state dict.
-
-    Example: n2n-fast teach --arch resnet18 --data cifar10:data --out resnet18.pt
-    """
+    """Train a teacher on a data set and save its state dict."""
     if out.exists():
         raise BadInput(f"{out}: exists already; give another --out or remove it")
     if not out.parent.is_dir():
@@ -303,17 +353,18 @@ def teach(
     own = arch in teacher.SMALL_RESNETS
     images = _load(data, mean, std, image_size, download, seed, device, channels or (None if own else 3))
     model = teacher.create(arch, images.classes, images.train.channels, images.train.image_size[0], cifar_stem, seed)
-    model = _teach(model, images, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+    model = _teach(model, images, quiet, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
     torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, out)
     click.echo(f"{out}: validation accuracy {accuracy(model, images.validation):.2%}")
     if images.test is not None:
         click.echo(f"{out}: test accuracy {accuracy(model, images.test):.2%}")
 
 
-@cli.command()
+@cli.command(example="n2n-fast inspect --arch resnet18 --image-size 32")
 @teacher_options
-@click.option("--image-size", default=224, show_default=True, type=click.IntRange(min=1), metavar="PX")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@option("--image-size", default=224, show_default=True, type=click.IntRange(min=1), metavar="PX",
+        help="Of the images that it is to see.")  # fmt: skip
+@json_option
 def inspect(
     teacher_file: Path | None,
     arch: str | None,
@@ -325,8 +376,7 @@ def inspect(
 ) -> None:
     """Show a teacher's layers as the policies see them: what may be removed or shrunk, and why not.
 
-    Takes a state dict by --teacher, or an architecture by --arch alone. Example:
-    n2n-fast inspect --arch resnet18 --image-size 32
+    Takes a state dict by --teacher, or an architecture by --arch alone.
     """
     if teacher_file is not None:
         model = teacher.load_teacher(teacher_file, arch, allow_pickle=allow_pickle)
@@ -346,25 +396,50 @@ def inspect(
         click.echo(f"warning: {warning}")
 
 
-@cli.command()
+@cli.command(example="n2n-fast evaluate runs/1")
 @click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--data", metavar="SPEC", help="Another data set than the run's own.")
-@click.option("--download", is_flag=True, help="Fetch a missing data set.")
-@click.option("--device", callback=_device, help="cpu, cuda, ...; default: cuda where there is one.")
-def evaluate(directory: Path, data: str | None, download: bool, device: torch.device) -> None:
-    """Measure the accuracy of a run's student on the test split of its data, preprocessed as in the run.
-
-    Example: n2n-fast evaluate runs/1
-    """
+@option("--data", metavar="SPEC", help="Another data set than the run's own.")
+@option("--download", is_flag=True, help="Fetch a missing data set.")
+@device_option
+@json_option
+def evaluate(directory: Path, data: str | None, download: bool, device: torch.device, as_json: bool) -> None:
+    """Measure the accuracy of a run's student on the test split of its data, preprocessed as in the run."""
     student = load_student(directory).to(device)
     settings = _settings(directory)
     images = load(data or settings["name"], image_size=settings["image_size"], channels=settings["channels"],
                   mean=settings["mean"], std=settings["std"], download=download, device=device)  # fmt: skip
     split = images.validation if images.test is None else images.test
     name = "validation" if images.test is None else "test"
-    click.echo(
-        f"{name} accuracy {_exported_accuracy(student, images, split):.2%} on {len(split)} images of {images.name}"
-    )
+    found = _exported_accuracy(student, images, split)
+    content = {"data": images.name, "split": name, "images": len(split), "accuracy": found}
+    _tell(as_json, content, f"{name} accuracy {found:.2%} on {len(split)} images of {images.name}")
+
+
+@cli.command("report", example="n2n-fast report runs/1")
+@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@option("--tensorboard", is_flag=True, help="Write the same scalars for TensorBoard too.")
+def report_command(directory: Path, tensorboard: bool) -> None:
+    """Draw a run, finished or not: report.png and report.html in its directory."""
+    if tensorboard:
+        report.check_tensorboard()
+    for path in report.write_report(directory):
+        click.echo(path)
+    if tensorboard:
+        click.echo(report.write_tensorboard(directory))
+
+
+@cli.command("export", example="n2n-fast export runs/1 --to onnx --fold-bn")
+@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@option("--to", type=click.Choice(list(SUFFIXES)), required=True, help="What others shall read.")
+@option("--out", type=click.Path(path_type=Path), help="File; default: export.pt2, .onnx or .pt in RUN.")
+@option("--opset", type=click.IntRange(min=1), metavar="N", help="Of ONNX; default: torch's.")
+@option("--static-batch", type=click.IntRange(min=1), metavar="N", help="For N images at once; default: any.")
+@option("--fold-bn", is_flag=True, help="Batch norms into the convolutions before them.")
+def export_command(
+    directory: Path, to: str, out: Path | None, opset: int | None, static_batch: int | None, fold_bn: bool
+) -> None:
+    """Write a run's student for others, and compare the file with the student."""
+    click.echo(report.export_table(export(directory, to, out, opset, static_batch, fold_bn)))
 
 
 # What the commands are made of
@@ -406,13 +481,17 @@ def _load(
                 validation=validation, device=device)  # fmt: skip
 
 
-def _teach(model: nn.Module, images: ImageData, **options: Any) -> nn.Module:
+def _teach(model: nn.Module, images: ImageData, quiet: bool, **options: Any) -> nn.Module:
     """Train a teacher under a progress bar."""
     start = time.perf_counter()
-    with _Bar() as bar:
+    with _Bar(quiet) as bar:
         model = teacher.train_teacher(model, images, progress=bar, **options)
-    click.echo(f"teacher trained in {time.perf_counter() - start:.0f} s")
+        bar.message(f"teacher trained in {time.perf_counter() - start:.0f} s")
     return model
+
+
+def _tell(as_json: bool, content: dict[str, Any], text: str) -> None:
+    click.echo(json.dumps(content, indent=2) if as_json else text)
 
 
 def _free_directory() -> Path:
@@ -422,7 +501,9 @@ def _free_directory() -> Path:
 class _Bar(SearchProgress):
     """Progress on stderr: a bar for each part of the work; now and then a line where that is no terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool) -> None:
+        """quiet: tell warnings alone."""
+        self._quiet = quiet
         self._bar: Any = None
         self._name, self._length, self._done = "", 0, 0
         self._start = self._told = 0.0
@@ -456,13 +537,14 @@ class _Bar(SearchProgress):
 
     def message(self, text: str) -> None:
         self._close()
-        click.echo(text)
+        if not self._quiet or text.startswith("warning"):
+            click.echo(text, err=True)
 
     def stage(self, name: str, length: int) -> None:
         self._close()
         self._name, self._length, self._done = name, length, 0
         self._start = self._told = time.perf_counter()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._quiet:
             self._bar = click.progressbar(
                 length=length, label=f"{name:<30}", file=sys.stderr, item_show_func=lambda text: text, width=20
             )
@@ -480,7 +562,7 @@ class _Bar(SearchProgress):
         now = time.perf_counter()
         if self._bar is not None:
             self._bar.update(done - self._done, text)
-        elif now - self._told > LINE_SECONDS or done == self._length:
+        elif not self._quiet and (now - self._told > LINE_SECONDS or done == self._length):
             left = (now - self._start) / done * (self._length - done)
             click.echo(f"{self._name}: {done}/{self._length}, {text}, {left:.0f} s left", err=True)
             self._told = now

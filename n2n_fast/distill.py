@@ -183,13 +183,22 @@ def recalibrate(model: nn.Module, images: Iterable[Tensor]) -> nn.Module:
 def latency_ms(model: nn.Module, images: Tensor, seconds: float = 0.5) -> float:
     """Median milliseconds of a forward pass over images (n, C, H, W), in eval mode, after warming up."""
     model.eval()
+
+    def forward() -> None:
+        model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+
+    return median_ms(forward, seconds)
+
+
+def median_ms(call: Callable[[], object], seconds: float = 0.5) -> float:
+    """Median milliseconds of a call, after warming up."""
     times: list[float] = []
     start = time.perf_counter()
     while len(times) < 8 or (time.perf_counter() - start < seconds and len(times) < 200):
         before = time.perf_counter()
-        model(images)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
+        call()
         times.append((time.perf_counter() - before) * 1e3)
     return statistics.median(times[3:])
 

@@ -1,16 +1,43 @@
-"""Tables of what a search gave."""
+"""What a search gave: tables as text, a run's report as a picture and a page, its scalars for TensorBoard."""
 
+import base64
+import html
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from n2n_fast import plots
+from n2n_fast.errors import BadInput, first_line
+from n2n_fast.export import Exported
 from n2n_fast.graph import Architecture
+from n2n_fast.pareto import front
+from n2n_fast.plan import Plan
+from n2n_fast.record import LayerRecord, RunRecord, StageRecord, read_record
 from n2n_fast.space import ArchitectureSpace
+
+Rows = list[tuple[str, ...]]
+
+TENSORBOARD = "tensorboard"  # its directory in a run's
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 2em auto; max-width: 1100px; padding: 0 1em }
+img { max-width: 100%; height: auto }
+table { border-collapse: collapse; margin: 1em 0; font-size: 14px }
+th, td { padding: 2px 12px; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }
+th:first-child, td:first-child { text-align: left }
+tr.removed td { color: #767676; text-decoration: line-through }
+"""
 
 
 def result_table(table: dict[str, Any]) -> str:
     """The final table of result.json as aligned text: teacher and student side by side."""
+    return _aligned(_result_rows(table))
+
+
+def _result_rows(table: dict[str, Any]) -> Rows:
     teacher, student = table["teacher"], table["student"]
-    rows = [
+    return [
         ("", "teacher", "student"),
         *((name, f"{teacher[key]:,}", f"{student[key]:,}") for name, key in (("params", "params"), ("MACs", "macs"))),
         ("size on disk", *(f"{part['bytes'] / 1e6:.2f} MB" for part in (teacher, student))),
@@ -20,12 +47,184 @@ def result_table(table: dict[str, Any]) -> str:
         ("test accuracy", *(_percent(part["test_accuracy"]) for part in (teacher, student))),
         ("compression", "1.0x", f"{table['compression']:.1f}x"),
     ]
-    return _aligned(rows)
+
+
+def write_report(run: Path) -> list[Path]:
+    """Write report.png and report.html into a run directory, finished or not; gives both paths.
+
+    Raises BadInput where there is no run, and without matplotlib.
+    """
+    record = read_record(run)
+    table = "not finished yet" if record.table is None else result_table(record.table)
+    drawn = plots.picture(record, table)
+    png, page = run / "report.png", run / "report.html"
+    png.write_bytes(drawn)
+    page.write_text(_page(record, drawn), encoding="utf-8")
+    return [png, page]
+
+
+def draw_if_possible(run: Path, tensorboard: bool, warn: Callable[[str], None]) -> None:
+    """The report of a run that has just ended, where matplotlib is; what fails is told to `warn`, nothing is raised."""
+    for wanted, write in ((plots.available(), write_report), (tensorboard, write_tensorboard)):
+        if wanted:
+            try:
+                write(run)
+            except Exception as error:  # noqa: BLE001 - the search is done: no drawing may spoil it
+                warn(f"warning: no report ({first_line(error)}); try n2n-fast report {run}")
+
+
+def _page(record: RunRecord, drawn: bytes) -> str:
+    """A run as one HTML page that needs no other file."""
+    title = html.escape(f"n2n_fast: {record.path.resolve().name}")
+    parts = [f"<h1>{title}</h1>"]
+    if record.table is None:
+        parts.append("<p>This run is not finished yet.</p>")
+    else:
+        parts += ["<h2>Teacher and student</h2>", _html_table(_result_rows(record.table))]
+    source = base64.b64encode(drawn).decode()
+    parts.append(f'<img alt="rewards, accuracies, maps and layers of the run" src="data:image/png;base64,{source}">')
+    for by, name in (("params", "params"), ("macs", "MACs")):
+        parts += [f"<h2>Pareto front: accuracy against {name}</h2>", _html_table(_front_rows(record, by))]
+    for stage in record.stages:
+        parts += [f"<h2>Anchors of {html.escape(stage.name)}</h2>", f"<p>{_map_text(stage)}</p>"]
+        parts.append(_html_table(_anchor_rows(stage)))
+    if record.layers:
+        removed = [not layer.kept for layer in record.layers]
+        parts += ["<h2>Layers</h2>", _html_table(_layer_rows(record.layers), removed)]
+    settings = html.escape(json.dumps(record.settings, indent=2))
+    parts.append(f"<details><summary>Settings</summary><pre>{settings}</pre></details>")
+    body = "\n".join(parts)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _html_table(rows: Sequence[tuple[str, ...]], removed: Sequence[bool] = ()) -> str:
+    """Rows as a table, the first one as its head. removed: rows to be struck out, one a row without the head."""
+    head, *body = (tuple(html.escape(cell) for cell in row) for row in rows)
+    lines = ["<table>", "<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+    for i, row in enumerate(body):
+        mark = ' class="removed"' if removed and removed[i] else ""
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>")
+    return "\n".join([*lines, "</table>"])
+
+
+def _front_rows(record: RunRecord, by: str) -> Rows:
+    rows: Rows = [("stage", "architecture", "params", "MACs", "validation accuracy", "")]
+    for p in front(record.points(), by):
+        known = "trained fully" if p.trained else "expected"
+        rows.append((p.stage, p.architecture, f"{p.params:,}", f"{p.macs:,}", f"{p.accuracy:.2%}", known))
+    return rows
+
+
+def _map_text(stage: StageRecord) -> str:
+    """What corrects a stage's accuracies, in a sentence."""
+    found = stage.map
+    if not found.count:
+        return "Too few anchors for a map: accuracies count as they are found."
+    line = f"logit(accuracy) = {found.intercept:.2f} + {found.slope:.2f} · logit(accuracy after a few steps)"
+    error = "" if found.error is None else f"; each anchor predicted by the others: {100 * found.error:.1f} points off"
+    return f"{line}, by {found.count} anchors{error}."
+
+
+def _anchor_rows(stage: StageRecord) -> Rows:
+    rows: Rows = [("architecture", "params", "MACs", "after a few steps", "trained fully", "the map says")]
+    for line in stage.anchors:
+        proxy = line["proxy_accuracy"]
+        said = "none" if proxy is None else "{:.2%} ± {:.2%}".format(*stage.map(proxy))
+        found = (_percent(proxy), _percent(line["accuracy"]), said)
+        rows.append((line["architecture"], f"{line['params']:,}", f"{line['macs']:,}", *found))
+    return rows
+
+
+def _layer_rows(layers: Iterable[LayerRecord]) -> Rows:
+    rows: Rows = [("layer", "kind", "channels, teacher", "student", "kernel, teacher", "student")]
+    for layer in layers:
+        widths = [str(width or "") for width in (layer.teacher_channels, layer.channels)]
+        kernels = ["×".join(map(str, kernel)) for kernel in (layer.teacher_kernel, layer.kernel)]
+        if not layer.kept:
+            widths[1], kernels[1] = "removed", ""
+        rows.append((layer.name, layer.kind, *widths, *kernels))
+    return rows
+
+
+def check_tensorboard() -> None:
+    """Raise BadInput where TensorBoard's files cannot be written."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise BadInput("--tensorboard needs tensorboard: pip install tensorboard") from None
+
+
+def write_tensorboard(run: Path) -> Path:
+    """Write a run's history into its directory `tensorboard`, in place of what was there; gives that directory.
+
+    Raises BadInput where there is no run, and without tensorboard.
+    """
+    check_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
+    record, directory = read_record(run), run / TENSORBOARD
+    for old in directory.glob("events.out.tfevents.*"):
+        old.unlink()
+    with SummaryWriter(str(directory)) as writer:
+        for tag, value, step in _scalars(record):
+            writer.add_scalar(tag, value, step)
+    return directory
+
+
+def _scalars(record: RunRecord) -> Iterator[tuple[str, float, int]]:
+    """(tag, value, rollouts of the stage until then) of all that the picture shows against rollouts."""
+    for stage in record.stages:
+        for step, (line, best) in enumerate(zip(stage.rollouts, stage.best(), strict=True), 1):
+            found = {key: line[key] for key in ("reward", "accuracy", "proxy_accuracy", "params", "macs")}
+            for key, value in {**found, "best_reward": best}.items():
+                if value is not None:
+                    yield f"{stage.name}/{key}", value, step
+        for step, fitted in stage.maps:
+            if fitted.error is not None:
+                yield f"{stage.name}/leave_one_out_error", fitted.error, step
+
+
+def export_table(exported: Exported) -> str:
+    """What was written and how it compares with the student, as aligned text."""
+    rows: Rows = [("", "student", "exported")]
+    rows.append(("size on disk", f"{exported.student_bytes / 1e6:.3f} MB", f"{exported.bytes / 1e6:.3f} MB"))
+    for count, latencies in exported.latencies.items():
+        name = f"latency, {count} image{'s' if count > 1 else ''}"
+        rows.append((name, *(f"{latency:.3f} ms" for latency in latencies)))
+    told = ["any batch size" if exported.batch is None else f"batches of {exported.batch}"]
+    if exported.opset is not None:
+        told.append(f"opset {exported.opset}")
+    if exported.norms:
+        told.append(f"{exported.folded} of {exported.norms} batch norms folded")
+    told.append(f"largest difference of logits {exported.difference:.1e}")
+    return f"{_aligned(rows)}\n\n{exported.path}: {', '.join(told)}"
+
+
+def plan_table(plan: Plan) -> str:
+    """A search to come, as aligned text."""
+    rows: Rows = [("stage", "choices", "architectures", "rollouts", "one takes", "full trainings", "all of it")]
+    for stage in plan.stages:
+        size = f"10^{stage.architectures_log10:.1f}"
+        times = (f"{stage.rollout_seconds:.2f} s", str(stage.trainings), _duration(stage.seconds))
+        rows.append((stage.name, str(stage.choices), size, str(stage.rollouts), *times))
+    told = f"teacher: {plan.params:,} params, {plan.macs:,} MACs"
+    warnings = "".join(f"\nwarning: {warning}" for warning in plan.warnings)
+    return f"{told}\n\n{_aligned(rows)}\n\nat most about {_duration(plan.seconds)} here; nothing was written{warnings}"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as they are said: "40 s", "12 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def layer_table(space: ArchitectureSpace) -> str:
     """The layers as the policies see them, aligned text."""
-    rows: list[tuple[str, ...]] = [
+    rows: Rows = [
         ("layer", "kind", "k", "s", "p", "n", "skip", "group", "removable", "width", "kernel", "weights"),
     ]
     channels, kernels = space.choices(space.teacher)
@@ -101,7 +300,7 @@ def _yes(value: bool) -> str:
     return "yes" if value else ""
 
 
-def _aligned(rows: list[tuple[str, ...]], left: tuple[int, ...] = (0,)) -> str:
+def _aligned(rows: Rows, left: tuple[int, ...] = (0,)) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(

@@ -85,7 +85,14 @@ def finish(
 
 
 def _described(part: Chosen) -> dict[str, Any]:
-    return {"stage": part.stage, "layers": [layer.name for layer in part.space.layers], **asdict(part.architecture)}
+    """An architecture, and for readers each layer's output channels and kernel: before the stage, after it."""
+    space, arch = part.space, part.architecture
+    columns = (arch.keep, space.widths(space.teacher), space.widths(arch), space.teacher.kernels, arch.kernels)
+    sizes = [
+        {"kind": layer.kind, "kept": kept, "channels": [before, after], "kernel": [kernel, cropped]}
+        for layer, kept, before, after, kernel, cropped in zip(space.layers, *columns, strict=True)
+    ]
+    return {"stage": part.stage, "layers": [layer.name for layer in space.layers], **asdict(arch), "sizes": sizes}
 
 
 def _measured(model: nn.Module, arch: Architecture, data: ImageData) -> dict[str, Any]:
@@ -105,12 +112,15 @@ def _measured(model: nn.Module, arch: Architecture, data: ImageData) -> dict[str
 
 
 def _exported(student: nn.Module, example: Tensor) -> bytes:
-    """The student by torch.export, its batch size free."""
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(student.eval(), (example.contiguous(),), dynamic_shapes=({0: batch},))
     file = io.BytesIO()
-    torch.export.save(program, file)
+    torch.export.save(exported_program(student.eval(), example), file)
     return file.getvalue()
+
+
+def exported_program(student: nn.Module, example: Tensor, any_batch: bool = True) -> torch.export.ExportedProgram:
+    """The student by torch.export. example: (N, C, H, W); any_batch: for any number of images, else for N."""
+    shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
+    return torch.export.export(student, (example.contiguous(),), dynamic_shapes=shapes)
 
 
 def load_student(run: str | os.PathLike[str]) -> nn.Module:

@@ -155,6 +155,15 @@ class ArchitectureSpace:
         ]
         return [i in deciders for i in range(len(self.layers))], kernels
 
+    def widths(self, arch: Architecture) -> list[int | None]:
+        """Output channels of every layer in an architecture, None where a layer has no channel axis of its own.
+
+        A removed layer's are those of what passes in its place.
+        """
+        self._check(arch)
+        channels = self._traced.occurrences @ np.array(arch.widths, dtype=np.int64)
+        return [int(channels[axis]) if axis >= 0 else None for axis in self._traced.out_axis]
+
     def build(self, arch: Architecture, init: str | None = None) -> fx.GraphModule:
         """The student of an architecture, in evaluation mode, on the teacher's device and of its dtype.
 

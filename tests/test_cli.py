@@ -3,11 +3,13 @@
 import json
 import pickle
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
+import n2n_fast
 from n2n_fast import cli
 from n2n_fast.distill import seeded
 from n2n_fast.teacher import SmallResNet
@@ -60,6 +62,25 @@ def test_teach_run_evaluate(digits_teacher, invoke, tmp_path):
     assert f"test accuracy {result['student']['test_accuracy']:.2%} on 359 images" in out
 
 
+def test_json_quiet_and_a_run_repeated_by_its_config(digits_teacher, invoke, tmp_path):
+    command = ("run", "--teacher", digits_teacher[0], *QUICK, "--anchors", "0", "--seed", "3", "--mean", "0.31")
+    code, out, err = invoke(*command, "--out", "first", "--quiet", "--json")
+    assert (code, err) == (0, "")
+    printed = json.loads(out)
+    assert printed.pop("out") == "first"
+    assert printed == json.loads((tmp_path / "first" / "result.json").read_text())
+    code, _, err = invoke("run", "--config", "first/config.json", "--out", "second", "--quiet")
+    assert (code, err) == (0, "")
+    first, second = (json.loads((tmp_path / run / "config.json").read_text()) for run in ("first", "second"))
+    assert [run.pop("command")["out"] for run in (first, second)] == [str(tmp_path / n) for n in ("first", "second")]
+    assert first == second
+    assert (tmp_path / "first" / "student.pt").read_bytes() == (tmp_path / "second" / "student.pt").read_bytes()
+    code, out, err = invoke("evaluate", "second", "--json")
+    assert code == 0, err
+    expected = {"split": "test", "images": 359, "data": "digits", "accuracy": printed["student"]["test_accuracy"]}
+    assert json.loads(out) == expected
+
+
 def test_unmet_limits_end_with_3(digits_teacher, invoke, tmp_path):
     code, _, err = invoke("run", "--teacher", digits_teacher[0], *QUICK, "--max-params", "5", "--out", "here")
     assert code == 3
@@ -70,6 +91,59 @@ def test_unmet_limits_end_with_3(digits_teacher, invoke, tmp_path):
 def test_runs_are_numbered(invoke, tmp_path):
     (tmp_path / "runs" / "1").mkdir(parents=True)
     assert cli._free_directory().name == "2"
+
+
+@pytest.mark.parametrize("command", ["run", "teach", "inspect", "evaluate", "report", "export"])
+def test_help_ends_with_an_example_and_knows_every_option(command, invoke):
+    code, out, _ = invoke(command, "--help")
+    assert code == 0
+    assert out.splitlines()[-1].startswith(f"Example: n2n-fast {command} ")
+    for param in cli.cli.commands[command].params:
+        if isinstance(param, cli.click.Option):
+            assert param.opts[0] in out
+            assert param.help
+    if command == "run":
+        for title in ("Teacher:", "Data:", "Search:", "Training:", "Objective and limits:", "Run and output:"):
+            assert f"\n{title}\n" in out
+
+
+def test_version_tells_what_was_built(invoke):
+    code, out, _ = invoke("--version")
+    assert code == 0
+    for told in (n2n_fast.__version__, torch.__version__, "SIMD", n2n_fast.build_info()["simd_used"], "CUDA"):
+        assert told in out
+
+
+def test_the_command_line_comes_before_the_environment_and_that_before_the_file(invoke, monkeypatch, tmp_path):
+    (tmp_path / "a.toml").write_text('image_size = 64\narch = "resnet18"\njson = true\n')
+    given = ("inspect", "--config", "a.toml")
+
+    def macs(*args):
+        code, out, err = invoke(*given, *args)
+        assert code == 0, err
+        return json.loads(out)["macs"]
+
+    by_file = macs()
+    monkeypatch.setenv("N2N_FAST_IMAGE_SIZE", "96")
+    by_environment = macs()
+    by_command = macs("--image-size", "32")
+    assert by_command < by_file < by_environment
+    monkeypatch.delenv("N2N_FAST_IMAGE_SIZE")
+    assert macs("--image-size", "64") == by_file
+    monkeypatch.setenv("N2N_FAST_CONFIG", "a.toml")
+    given = ("inspect",)
+    assert macs() == by_file
+
+
+def test_a_dry_run_writes_nothing(digits_teacher, invoke, tmp_path):
+    command = ("run", "--teacher", digits_teacher[0], *QUICK, "--dry-run", "--quiet")
+    code, out, err = invoke(*command)
+    assert (code, err) == (0, "")
+    assert "10^7.5" in out  # 2 ** 25 ways to remove 25 layers
+    planned = json.loads(invoke(*command, "--json")[1])
+    assert [stage["name"] for stage in planned["stages"]] == ["removal", "shrinkage"]
+    assert planned["seconds"] > sum(stage["rollouts"] * stage["rollout_seconds"] for stage in planned["stages"]) > 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_inspect(invoke):
@@ -250,6 +324,50 @@ def device(tmp_path):
     return ("run", "--device", "abacus"), "--device"
 
 
+def configured(tmp_path, text, name="c.toml"):
+    (tmp_path / name).write_text(text)
+    return "run", "--config", tmp_path / name
+
+
+def config_missing(tmp_path):
+    return ("run", "--config", tmp_path / "no.toml"), "no.toml"
+
+
+def config_key(tmp_path):
+    return configured(tmp_path, "updates = 3\nrolouts = 4\n"), "rolouts"
+
+
+def config_value(tmp_path):
+    return configured(tmp_path, "updates = 3.5"), "--updates"
+
+
+def config_table(tmp_path):
+    return configured(tmp_path, "[data]\nname = 3"), "table"
+
+
+def config_text(tmp_path):
+    return configured(tmp_path, "updates"), "not TOML"
+
+
+def config_bytes(tmp_path):
+    path = tmp_path / "b.toml"
+    path.write_bytes(b"\xff\xfe")
+    return ("run", "--config", path), "not TOML"
+
+
+def config_of_itself(tmp_path):
+    return configured(tmp_path, 'config = "other.toml"'), "config"
+
+
+def config_of_no_run(tmp_path):
+    return configured(tmp_path, "[1]", "config.json"), "not the config.json of a run"
+
+
+def config_beyond_options(tmp_path):
+    held = json.dumps(asdict(n2n_fast.SearchConfig(hidden=7)))
+    return configured(tmp_path, held, "config.json"), "hidden is 7"
+
+
 def command(tmp_path):
     return ("ruin",), "ruin"
 
@@ -273,7 +391,8 @@ def existing_teacher(tmp_path):
         *(missing, truncated, empty, text, directory, hostile, hostile_in_torch_file, unknown_network, nan_weights),
         *(untrained, empty_set, other_classes, bad_label, nan_images, no_set, unknown_set, no_teacher, small_images),
         *(unwritable, option_value, option_range, mean_value, device, command, no_run, nothing_to_inspect),
-        existing_teacher,
+        *(existing_teacher, config_missing, config_key, config_value, config_table, config_text, config_bytes),
+        *(config_of_itself, config_of_no_run, config_beyond_options),
     ],
     ids=lambda case: case.__name__,
 )

@@ -113,6 +113,19 @@ def test_transitions_are_deterministic_never_grow_and_stay_in_the_space(name: st
 # Removal
 
 
+@pytest.mark.parametrize("name", SMALL)
+@given(seed=SEEDS)
+@settings(deadline=None, max_examples=5)
+def test_widths_are_the_built_students(name: str, seed: int) -> None:
+    space = space_of(name)
+    arch = drawn(space, seed)
+    student = space.build(arch)
+    for layer, kept, width in zip(space.layers, arch.keep, space.widths(arch), strict=True):
+        built = getattr(student.get_submodule(layer.name), "weight", None)
+        if kept and layer.kind in ("conv", "depthwise", "linear"):
+            assert width == len(built), layer.name
+
+
 def test_removal_unites_groups_at_the_narrowest_width() -> None:
     space = space_of("chain")
     student = space.build(space.remove(space.teacher, without(space, "3")))  # 8 -> 12, between 8 and 12 wide

@@ -1,0 +1,162 @@
+"""What a search would do: how large its spaces are, and, by a timed rollout, how long it will take."""
+
+import math
+import random
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from n2n_fast.config import STAGES, SearchConfig
+from n2n_fast.data import ImageData, TeacherLogits
+from n2n_fast.errors import BadInput, DegenerateArchitecture
+from n2n_fast.evaluation import Evaluation, Evaluator
+from n2n_fast.graph import Architecture
+from n2n_fast.seeds import derived
+from n2n_fast.space import ArchitectureSpace
+
+TIMED_STEPS = 20  # at most, of the training of a timed rollout
+TRIES = 20  # at an architecture that is not degenerate
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage to come. choices: layers, or widths and kernels, to be decided. architectures_log10: of their number, at
+    most. trainings: full ones. rollout_seconds: of one rollout; seconds: of the stage.
+    """
+
+    name: str
+    choices: int
+    architectures_log10: float
+    rollouts: int
+    rollout_seconds: float
+    trainings: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A search to come. seconds: of all of it, about."""
+
+    params: int
+    macs: int
+    stages: tuple[StagePlan, ...]
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+def plan(teacher: nn.Module, data: ImageData, config: SearchConfig) -> Plan:
+    """Look at the teacher's space and time one rollout of each stage; nothing is written.
+
+    The second stage is counted and timed as if the first had removed nothing: both figures are upper bounds. Raises
+    BadInput where the teacher cannot be used.
+    """
+    count = min(config.calibration_images, len(data.train))
+    images = data.train.batch(torch.arange(count, device=data.train.labels.device))[0]
+    space = _space(teacher.eval(), images, config)
+    if not isinstance(teacher(images[:2]), torch.Tensor):
+        teacher = space.build(space.teacher, "inherit")  # of several outputs it gives the logits
+    logits = TeacherLogits(teacher, data.train)
+    steps = max(1, round(_steps(config, len(data.train))))
+    timed = replace(config, epochs=None, rollout_steps=min(TIMED_STEPS, steps))
+    names, stages = STAGES[config.stages], []
+    for name in names:
+        found = _timed(name, space, Evaluator(name, space, data, logits, images, timed))
+        stages.append(_stage(name, space, found, timed, config, data, last=name == names[-1]))
+    seconds = sum(stage.seconds for stage in stages) + _logits_seconds(logits, data, config)
+    return Plan(space.teacher.params, space.teacher.macs, tuple(stages), seconds, space.warnings)
+
+
+def _space(teacher: nn.Module, images: torch.Tensor, config: SearchConfig) -> ArchitectureSpace:
+    looks = config.init in ("reconstructed", "calibrated") or config.saliency == "activations"
+    calibration = images if looks else None
+    return ArchitectureSpace(
+        teacher, images[:2], calibration, saliency=config.saliency, leaf=config.leaf, round_to=config.round_to
+    )
+
+
+def _steps(config: SearchConfig, images: int) -> float:
+    """Training steps of a rollout."""
+    return config.rollout_steps if config.epochs is None else config.epochs * max(1, images // config.batch_size)
+
+
+def _stage(
+    name: str,
+    space: ArchitectureSpace,
+    evaluation: Evaluation,
+    timed: SearchConfig,
+    config: SearchConfig,
+    data: ImageData,
+    last: bool,
+) -> StagePlan:
+    """Scale the timed rollout to a stage. timed: the settings that it had."""
+    step = evaluation.seconds["train"] / timed.rollout_steps
+    others = sum(seconds for part, seconds in evaluation.seconds.items() if part != "train")
+    rollout = others + step * _steps(config, len(data.train))
+    later = (config.updates - 1) // config.anchor_every if config.anchors and config.anchor_every else 0
+    anchors = config.anchors + later
+    best, epochs = (config.keep_top, config.final_epochs) if last else (1, config.stage_epochs)
+    steps = max(1, len(data.train) // config.batch_size) * (anchors * config.anchor_epochs + best * epochs)
+    choices, size = _removals(space) if name == "removal" else _shrinkages(space, config.ratios)
+    rollouts = config.updates * config.rollouts
+    seconds = (rollouts + anchors) * rollout + steps * step
+    return StagePlan(name, choices, size, rollouts, rollout, anchors + best, seconds)
+
+
+def _removals(space: ArchitectureSpace) -> tuple[int, float]:
+    """(layers that may be removed, log10 of how many architectures that gives)."""
+    count = sum(layer.removable for layer in space.layers)
+    return count, count * math.log10(2)
+
+
+def _shrinkages(space: ArchitectureSpace, ratios: tuple[float, ...]) -> tuple[int, float]:
+    """(widths and kernels to choose, log10 of how many architectures that gives), each choice being free of others."""
+    whole, total, count = [1.0] * len(space.layers), 0.0, 0
+    for position, chosen in enumerate(space.choices(space.teacher)):
+        for layer in (i for i, chooses in enumerate(chosen) if chooses):
+            keys = set()
+            for ratio in ratios:
+                tried = [whole, whole]
+                tried[position] = [*whole[:layer], ratio, *whole[layer + 1 :]]
+                keys.add(space.shrink(space.teacher, *tried).key)
+            count, total = count + 1, total + math.log10(len(keys))
+    return count, total
+
+
+def _timed(name: str, space: ArchitectureSpace, evaluator: Evaluator) -> Evaluation:
+    """The second of two rollouts: the first prepares what all others share."""
+    config = evaluator.config
+    rng = random.Random(derived(config.seed, "plan", name))
+    drawn = (arch for _ in range(TRIES) if (arch := _drawn(name, space, config, rng)) is not None)
+    found = [evaluator.evaluate(arch, seed) for seed, arch in zip(range(2), drawn, strict=False)]
+    if len(found) < 2:
+        raise BadInput(
+            f"{name}: no student could be drawn in {TRIES} tries; the teacher leaves next to nothing to change"
+        )
+    return found[1]
+
+
+def _drawn(name: str, space: ArchitectureSpace, config: SearchConfig, rng: random.Random) -> Architecture | None:
+    """An architecture as an untrained policy proposes them; None for one that cannot exist."""
+    count = len(space.layers)
+    try:
+        if name == "removal":
+            return space.remove(space.teacher, [rng.random() < config.keep_probability for _ in range(count)])
+        return space.shrink(space.teacher, rng.choices(config.ratios, k=count))
+    except DegenerateArchitecture:
+        return None
+
+
+def _logits_seconds(logits: TeacherLogits, data: ImageData, config: SearchConfig) -> float:
+    """Seconds for the teacher's logits of all training images, of each of their views where they are augmented."""
+    images = data.train.batch(torch.arange(min(128, len(data.train)), device=data.train.labels.device))[0]
+    logits(images)
+    start = time.perf_counter()
+    logits(images)
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    each = (time.perf_counter() - start) / len(images)
+    epochs = math.ceil(max(config.anchor_epochs if config.anchors else 0.0, config.stage_epochs, config.final_epochs))
+    views = 1 if data.augmentation is None else max(1, min(data.augmentation.views or epochs, epochs))
+    return each * len(data.train) * views

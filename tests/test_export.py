@@ -1,0 +1,220 @@
+"""A student in other formats: what is written computes what the student computes."""
+
+import builtins
+import shutil
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from n2n_fast import cli, export
+from n2n_fast.errors import BadInput
+from n2n_fast.export import fold_batch_norms
+from n2n_fast.result import load_student
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    """A copy of the finished run."""
+    return shutil.copytree(tiny_run, tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch):
+    """Latencies by few calls."""
+    monkeypatch.setattr(export, "TURNS", 1)
+    monkeypatch.setattr(export, "TURN_SECONDS", 0.0)
+
+
+def images(count, channels=1):
+    return torch.randn(count, channels, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def session(path):
+    return pytest.importorskip("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+@torch.no_grad()
+def logits(run, x):
+    return load_student(run)(x)
+
+
+@torch.no_grad()
+def test_pt2(run):
+    written = export.export(run, "pt2")
+    assert written.path == run / "export.pt2"
+    assert written.bytes == written.path.stat().st_size
+    assert written.student_bytes == (run / "student.pt2").stat().st_size
+    assert set(written.latencies) == {1, 64}
+    assert all(ms > 0 for pair in written.latencies.values() for ms in pair)
+    torch.testing.assert_close(torch.export.load(written.path).module()(images(5)), logits(run, images(5)))
+
+
+def test_a_static_batch_is_of_that_size_alone(run):
+    written = export.export(run, "pt2", static_batch=4)
+    assert set(written.latencies) == {4}
+    module = torch.export.load(written.path).module()
+    torch.testing.assert_close(module(images(4)), logits(run, images(4)), check_stride=False)
+    with pytest.raises((RuntimeError, AssertionError)):
+        module(images(3))
+
+
+def test_state_dict(run):
+    held = torch.load(export.export(run, "state-dict").path, weights_only=True)
+    expected = torch.load(run / "student.pt", weights_only=True)
+    for name, tensor in held.items():
+        assert torch.equal(tensor, expected[name]), name
+    assert held
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_onnx(run, fold):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    written = export.export(run, "onnx", opset=18, fold_bn=fold)
+    model = onnx.load(written.path)
+    assert written.opset == 18 == next(part.version for part in model.opset_import if part.domain == "")
+    got = torch.from_numpy(session(written.path).run(None, {"images": images(7).numpy()})[0])
+    torch.testing.assert_close(got, logits(run, images(7)), atol=1e-4, rtol=1e-4)
+    norms = sum(node.op_type == "BatchNormalization" for node in model.graph.node)
+    assert norms <= written.norms - written.folded
+    assert [path.name for path in run.glob("export*")] == ["export.onnx"]  # the weights are in it
+
+
+def test_onnx_of_a_static_batch(run):
+    pytest.importorskip("onnxscript")
+    path = export.export(run, "onnx", static_batch=4).path
+    assert session(path).get_inputs()[0].shape == [4, 1, 8, 8]
+
+
+def test_an_opset_that_cannot_be_had_is_refused(run):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(BadInput, match="opset"):
+        export.export(run, "onnx", opset=5)
+    assert not list(run.glob("*export*"))
+
+
+class Normed(nn.Module):
+    """Six norms: four can be folded, two cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = nn.Conv2d(2, 4, 3, bias=False)
+        self.norm1 = nn.BatchNorm2d(4)
+        self.grouped = nn.Conv2d(4, 4, 3, padding="same", groups=2)
+        self.norm2 = nn.BatchNorm2d(4)
+        self.twice = nn.Conv2d(4, 4, 1)
+        self.norm3 = nn.BatchNorm2d(4)
+        self.read_again = nn.Conv2d(4, 4, 1)
+        self.norm4 = nn.BatchNorm2d(4)
+        self.unscaled = nn.Conv2d(4, 4, 1)
+        self.norm5 = nn.BatchNorm2d(4, affine=False)
+        self.fc = nn.Linear(4 * 36, 5)
+        self.norm6 = nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        x = self.norm2(self.grouped(self.norm1(self.plain(x)).relu()))
+        x = self.norm3(self.twice(x)) + self.twice(x.relu())
+        x = self.read_again(x)
+        x = self.norm5(self.unscaled(self.norm4(x) + x))
+        return self.norm6(self.fc(x.flatten(1)))
+
+
+@pytest.fixture
+def normed(tmp_path):
+    """A run directory whose student is Normed, its statistics far from those of a new network."""
+    torch.manual_seed(0)
+    model = Normed().eval()
+    for norm in (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        if norm.affine:
+            nn.init.uniform_(norm.weight, 0.5, 2)
+            nn.init.normal_(norm.bias)
+    shapes = ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(model, (images(2, 2),), dynamic_shapes=shapes), tmp_path / "student.pt2")
+    return tmp_path
+
+
+@torch.no_grad()
+def test_norms_are_folded_where_that_changes_nothing(normed):
+    student = load_student(normed)
+    assert fold_batch_norms(student) == 4
+    left = [node for node in student.graph.nodes if node.target == torch.ops.aten.batch_norm.default]
+    assert len(left) == 2
+    assert not any("norm1" in name or "norm6" in name for name in student.state_dict())
+    x = images(9, 2)
+    torch.testing.assert_close(student(x), logits(normed, x), atol=1e-4, rtol=1e-4)
+    written = export.export(normed, "pt2", fold_bn=True)
+    assert (written.norms, written.folded) == (6, 4)
+    torch.testing.assert_close(torch.export.load(written.path).module()(x), logits(normed, x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_file_that_computes_something_else_is_not_kept(run, monkeypatch):
+    def wrong(student):
+        with torch.no_grad():
+            next(student.parameters()).mul_(1.01)
+        return 1
+
+    monkeypatch.setattr(export, "fold_batch_norms", wrong)
+    with pytest.raises(BadInput, match="off the student's"):
+        export.export(run, "pt2", fold_bn=True)
+    assert not list(run.glob("*export*"))
+
+
+def invoke(monkeypatch, capsys, *args):
+    monkeypatch.setattr(sys, "argv", ["n2n-fast", "export", *map(str, args)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    output = capsys.readouterr()
+    return stop.value.code, output.out, output.err
+
+
+def test_the_command_tells_what_it_wrote(run, monkeypatch, capsys):
+    code, out, err = invoke(monkeypatch, capsys, run, "--to", "pt2", "--out", run / "mine.pt2")
+    assert code == 0, err
+    assert (run / "mine.pt2").exists()
+    for told in (f"{(run / 'mine.pt2').stat().st_size / 1e6:.3f} MB", "latency, 64 images", "largest difference"):
+        assert told in out
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("--to", "pt2", "--opset", "18"), "--opset"),
+        (("--to", "state-dict", "--fold-bn"), "--to pt2 or onnx"),
+        (("--to", "state-dict", "--static-batch", "2"), "--to pt2 or onnx"),
+        (("--to", "pt2", "--out", "student.pt"), "exists already"),
+        (("--to", "pt2", "--out", "nowhere/x.pt2"), "cannot be written"),
+        (("--to", "pt2", "--static-batch", "0"), "--static-batch"),
+        (("--to", "coreml"), "coreml"),
+        ((), "--to"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(run, monkeypatch, capsys, args, expected):
+    monkeypatch.chdir(run)
+    code, _, err = invoke(monkeypatch, capsys, run, *args)
+    assert (code, err.count("\n")) == (2, 1)
+    assert expected in err
+
+
+def test_what_is_no_run_is_refused(tmp_path, monkeypatch, capsys):
+    code, _, err = invoke(monkeypatch, capsys, tmp_path, "--to", "pt2")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "finished run" in err
+
+
+def test_without_onnx(run, monkeypatch, capsys):
+    original = builtins.__import__
+
+    def refuse(module, *args, **kwargs):
+        if module.split(".")[0] == "onnx":
+            raise ImportError("No module named 'onnx'", name="onnx")
+        return original(module, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    code, _, err = invoke(monkeypatch, capsys, run, "--to", "onnx")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "pip install 'n2n_fast[onnx]'" in err
