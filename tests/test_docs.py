@@ -1,0 +1,72 @@
+"""Everything that README and docs show is run, or at least understood, as it stands there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import n2n_fast
+from n2n_fast import cli, teacher
+from n2n_fast.data import ImageData
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The n2n-fast commands of a page's shell blocks, without comments and joined where lines go on."""
+    text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
+    found = [shlex.split(part, comments=True) for line in text.splitlines() for part in line.split("&&")]
+    return [words[1:] for words in found if words[:1] == ["n2n-fast"]]
+
+
+EVERY_COMMAND = [(page.name, words) for page in PAGES for words in commands(page)]
+
+
+def test_there_are_commands_and_blocks_to_try() -> None:
+    assert len(EVERY_COMMAND) > 5
+    assert all(blocks(page, "python") for page in (ROOT / "README.md", ROOT / "docs" / "embedding.md"))
+
+
+@pytest.mark.parametrize(("page", "words"), EVERY_COMMAND, ids=lambda value: str(value)[:60])
+def test_every_command_is_understood(page: str, words: list[str]) -> None:
+    group = cli.cli
+    context = group.make_context("n2n-fast", list(words))
+    if words[0].startswith("-"):
+        return
+    name, command, rest = group.resolve_command(context, list(words))
+    assert command is not None
+    command.make_context(name, rest, parent=context)
+
+
+@pytest.fixture
+def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What the README's blocks take for granted: a teacher, its data and some images; searches are cut short."""
+    monkeypatch.chdir(tmp_path)
+    data: ImageData = n2n_fast.load("digits", validation=0.2)
+    model = teacher.create("digits_resnet", data.classes, 1, seed=0)
+    teacher.train_teacher(model, data, epochs=3.0, seed=0)
+    short = {"updates": 1, "rollouts": 2, "anchors": 0, "stage_epochs": 0.2, "final_epochs": 0.5, "keep_top": 1}
+    plain = n2n_fast.SearchConfig
+    monkeypatch.setattr(n2n_fast, "SearchConfig", lambda **settings: plain(**{**settings, **short}))
+    monkeypatch.setattr(n2n_fast, "load", lambda spec: data)
+    return {"teacher": model, "images": data.train.batch(torch.arange(64))[0]}
+
+
+def test_the_blocks_of_the_readme_run(known: dict[str, object]) -> None:
+    for block in blocks(ROOT / "README.md", "python"):
+        exec(compile(block, "README.md", "exec"), known)
+
+
+def test_the_blocks_on_embedding_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for block in blocks(ROOT / "docs" / "embedding.md", "python"):
+        exec(compile(block, "embedding.md", "exec"), names)
