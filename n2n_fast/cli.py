@@ -57,9 +57,6 @@ def main() -> None:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'file'}: {error.strerror or error}")
-    except Interrupted as stopped:
-        click.echo(f"interrupted; go on with: n2n-fast run --resume {stopped}", err=True)
-        sys.exit(INTERRUPTED)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
@@ -210,18 +207,22 @@ def run(context: click.Context, /, **options: Any) -> int:
         _tell(options["as_json"], asdict(found), report.plan_table(found))
         return 0
     start = time.perf_counter()
-    with _Bar(options["quiet"]) as bar, bar.stops_by_signals():
-        result = compress(
-            model,
-            images,
-            config,
-            options["resume"] or options["out"] or _free_directory(),
-            bar,
-            resume=options["resume"] is not None,
-            policies=options["policy"],
-            workers=_workers(options),
-            command={name: _plain(value) for name, value in options.items() if name not in OF_ONE_CALL},
-        )
+    try:
+        with _Bar(options["quiet"]) as bar, bar.stops_by_signals():
+            result = compress(
+                model,
+                images,
+                config,
+                options["resume"] or options["out"] or _free_directory(),
+                bar,
+                resume=options["resume"] is not None,
+                policies=options["policy"],
+                workers=_workers(options),
+                command={name: _plain(value) for name, value in options.items() if name not in OF_ONE_CALL},
+            )
+    except Interrupted as stopped:  # here, since click knows a KeyboardInterrupt alone
+        click.echo(f"interrupted; go on with: n2n-fast run --resume {stopped}", err=True)
+        return INTERRUPTED
     report.draw_if_possible(result.out, options["tensorboard"], bar.message)
     names = ("student.pt2", "student.pt", "result.json", "report.html", report.TENSORBOARD)
     written = ", ".join(n for n in names if (result.out / n).exists())

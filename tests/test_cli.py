@@ -12,6 +12,7 @@ import torch
 import n2n_fast
 from n2n_fast import cli
 from n2n_fast.distill import seeded
+from n2n_fast.run_directory import Interrupted
 from n2n_fast.teacher import SmallResNet
 
 QUICK = ("--updates", "1", "--rollouts", "2", "--epochs", "0.2", "--final-epochs", "0.2")
@@ -415,3 +416,13 @@ def test_an_interrupt_ends_with_130(invoke, monkeypatch):
     code, _, err = invoke("run")
     assert code == 130
     assert err.strip() == "interrupted"
+
+
+def test_an_interrupted_run_tells_how_to_go_on(digits_teacher, invoke, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise Interrupted("here")
+
+    monkeypatch.setattr(cli, "compress", interrupted)
+    code, _, err = invoke("run", "--teacher", digits_teacher[0], "--out", "here")
+    assert code == 130
+    assert err == "interrupted; go on with: n2n-fast run --resume here\n"
