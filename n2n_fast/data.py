@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from n2n_fast.errors import BadInput, first_line
+from n2n_fast.reading import FREE_BYTES
 
 VALIDATION_SHARE = 0.1
 VALIDATION_LIMIT = 5000
 TEST_SHARE = 0.2  # of a set that comes without a test split
 KEPT_NUMBERS = 2**26  # of prepared batches that are held for the next student
 KEPT_LOGITS = 2**28
+MOST_UNPACKED = 200  # times the length of an .npz file: images do not compress like that
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -878,7 +880,7 @@ def _read_npz(request: _Request) -> _Arrays:
         raise BadInput(f"{path} is a directory; npz: takes a file") from error
     except FileNotFoundError as error:
         raise BadInput(f"{path} does not exist; give the .npz file") from error
-    except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile, MemoryError) as error:
+    except Exception as error:
         raise BadInput(f"{path} is no .npz file, or a damaged one ({_one_line(error)}); save it anew") from error
     parts = [(_images(path, *part, loaded)) for part in (train, test) if part]
     return _Arrays(parts[0], parts[1] if test else None)
@@ -898,9 +900,11 @@ def _npz_parts(path: Path, names: set[str]) -> tuple[tuple[str, str], tuple[str,
 
 def _check_npz(path: Path, archive: zipfile.ZipFile, names: list[str]) -> None:
     """Refuse arrays that would run code, are cut short or are too large, by their headers, before any is unpacked."""
-    total = 0
+    total, packed = 0, path.stat().st_size
     for name in names:
         entry = archive.getinfo(f"{name}.npy")
+        if entry.file_size > max(FREE_BYTES, MOST_UNPACKED * packed):
+            raise BadInput(f"{path}: array {name} would unpack from {packed:,} to {entry.file_size:,} bytes")
         with archive.open(entry) as file:
             shape, dtype = _npy_header(file)
             held = entry.file_size - file.tell()

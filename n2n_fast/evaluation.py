@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,6 +11,7 @@ from n2n_fast.config import SearchConfig
 from n2n_fast.data import Batches, ImageData, Split, TeacherLogits, accuracy
 from n2n_fast.distill import BatchSource, Diverged, Keeper, Progress, fit, latency_ms, recalibrate, seeded
 from n2n_fast.graph import Architecture
+from n2n_fast.journal import is_evaluation
 from n2n_fast.seeds import derived
 from n2n_fast.space import ArchitectureSpace
 
@@ -24,6 +26,14 @@ class Evaluation:
     latency: float | None
     seconds: dict[str, float]
     error: str | None = None
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any], timed: bool) -> "Evaluation":
+        """The inverse of `asdict`; ValueError or TypeError for anything else. timed: whether a latency is needed."""
+        found = cls(**record)
+        if not is_evaluation(**record) or (timed and found.latency is None):
+            raise ValueError("an evaluation that is none")
+        return found
 
 
 class Evaluator:

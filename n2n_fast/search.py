@@ -22,11 +22,13 @@ from n2n_fast.graph import Architecture
 from n2n_fast.pareto import Point
 from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy
 from n2n_fast.proxy import Anchor, ProxyMap
+from n2n_fast.reading import parse_json, understood
 from n2n_fast.result import Chosen, Result, finish
 from n2n_fast.reward import DEGENERATE, Constraints, Cost, reward
-from n2n_fast.run_directory import Interrupted, RunDirectory, read_tensors
+from n2n_fast.run_directory import Interrupted, RunDirectory, read_state
 from n2n_fast.seeds import derived
 from n2n_fast.space import ArchitectureSpace
+from n2n_fast.states import checked, load_finite, load_optimizer
 from n2n_fast.student import independent_copy
 from n2n_fast.tracing import run
 
@@ -155,7 +157,7 @@ class _Search:
     ) -> None:
         self.config, self.data, self.progress = config, data, progress
         self.device = data.train.images.device
-        self.policies = {} if policies is None else read_tensors(Path(policies))
+        self.policies = {} if policies is None else read_state(Path(policies))
         self.calibration = self._calibration_images()
         self.given = copy.deepcopy(teacher).eval().to(self.device, torch.float32)
 
@@ -167,26 +169,35 @@ class _Search:
         self.directory = directory
         self._prepare()
         directory.begin()
+        file = directory.path / "checkpoint.pt"
         held = directory.checkpoint or {"trained": [], "stage": None}
-        self.trained: list[dict[str, Any]] = held["trained"]
+        with understood(file):
+            self.trained: list[dict[str, Any]] = [dict(done) for done in held["trained"]]
+            points = [Point(**point) for done in self.trained for point in parse_json(done["points"])]
+            at = None if held["stage"] is None else dict(held["stage"])
         student: nn.Module = self.teacher.module
         chosen: list[Chosen] = []
+        policies: dict[str, Any] = {}
         names = STAGES[self.config.stages]
         for name in names:
             # stage 2 starts from the trained student of stage 1
             space = self._space(student) if chosen else self.space
             if len(chosen) == len(self.trained):
                 stage = self._stage(name, space)
-                if held["stage"] is not None and held["stage"]["name"] == name:
-                    self._restore(stage, held["stage"])
+                if at is not None and at.get("name") == name:
+                    with understood(file):
+                        self._restore(stage, at)
                 self._search(stage)
                 self._train_best(stage, last=name == names[-1])
-            done = self.trained[len(chosen)]
-            arch = Architecture.from_json(done["architecture"])
-            chosen.append(Chosen(name, space, arch))
-            student = space.build(arch, "inherit")
-            student.load_state_dict(done["student"])
-        directory.write_tensors("policies.pt", {done["name"]: done["policy"] for done in self.trained})
+                points += [Point(**point) for point in json.loads(self.trained[-1]["points"])]
+            with understood(file):
+                done = self.trained[len(chosen)]
+                arch = space.member(Architecture.from_json(done["architecture"]))
+                chosen.append(Chosen(name, space, arch))
+                student = space.build(arch, "inherit")
+                load_finite(student, done["student"])
+                policies[name] = dict(done["policy"])
+        directory.write_tensors("policies.pt", policies)
         return finish(
             directory=directory,
             data=self.data,
@@ -195,7 +206,7 @@ class _Search:
             teacher=self.teacher.module,
             student=student,
             chosen=chosen,
-            points=[Point(**point) for done in self.trained for point in json.loads(done["points"])],
+            points=points,
             progress=self.progress,
         )
 
@@ -329,7 +340,8 @@ class _Search:
     def _found(self, stage: _Stage, arch: Architecture, kind: str, index: int) -> Evaluation:
         """The evaluation of an architecture, from the journal if a run that was cut off had it already."""
         line = self.directory.recovered.get((kind, stage.name, stage.update, index))
-        if line is not None and line["architecture"] == arch.key and not line.get("cached"):
+        timed = line is not None and (line["latency"] is not None or not self.config.times)
+        if line is not None and timed and line["architecture"] == arch.key and not line.get("cached"):
             return Evaluation(line["proxy_accuracy"], line["latency"], line["seconds"], line["error"])
         of = (arch.key,) if self.config.reuse else (stage.update, index)
         return stage.evaluator.evaluate(arch, derived(self.config.seed, stage.name, *of))
@@ -554,15 +566,20 @@ class _Search:
         self.directory.save({"trained": self.trained, "stage": None if stage is None else _state_of(stage)})
 
     def _restore(self, stage: _Stage, state: dict[str, Any]) -> None:
-        stage.update, stage.baseline = state["update"], state["baseline"]
-        stage.policy.load_state_dict(state["policy"])
-        stage.optimizer.load_state_dict(state["optimizer"])
+        """Put back what `_state_of` gave; raises ValueError and the like where it is not of this stage."""
+        stage.update = checked(state["update"], int)
+        stage.baseline = None if state["baseline"] is None else checked(state["baseline"], float)
+        load_finite(stage.policy, state["policy"])
+        load_optimizer(stage.optimizer, state["optimizer"])
         stage.generator.set_state(state["generator"])
-        for arch, evaluation in json.loads(state["evaluated"]):
-            found = Architecture.from_json(json.dumps(arch))
-            stage.evaluated[found.key] = found, Evaluation(**evaluation)
-        stage.anchors = [(key, found) for key, found in state["anchors"]]
-        stage.finals = [(key, found, student) for key, found, student in state["finals"]]
+        for arch, evaluation in parse_json(state["evaluated"]):
+            found = stage.space.member(Architecture.from_json(json.dumps(arch)))
+            stage.evaluated[found.key] = found, Evaluation.from_record(evaluation, self.config.times)
+        stage.anchors = [(key, found if found is None else checked(found, float)) for key, found in state["anchors"]]
+        stage.finals = [(key, checked(found, float), student) for key, found, student in state["finals"]]
+        unknown = {key for key, _ in stage.anchors if key} | {key for key, *_ in stage.finals}
+        if unknown - stage.evaluated.keys():
+            raise ValueError("an anchor or a trained student was never evaluated")
         stage.map = self._map_of(stage)
 
     def _calibration_images(self) -> Tensor:
@@ -608,8 +625,8 @@ def _transfer(policy: nn.Module, held: dict[str, Any], stage: str) -> None:
     if stage not in held:
         return
     try:
-        policy.load_state_dict(held[stage])
-    except (RuntimeError, TypeError, AttributeError) as error:
+        load_finite(policy, held[stage])
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise BadInput(
             f"--policy: its policy of {stage} does not fit ({first_line(error)}); "
             "use the same ratios, hidden and lstm_layers"
