@@ -7,7 +7,7 @@ import os
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -30,7 +30,13 @@ _PLAIN = {
     "torch.serialization": {"_get_layout"},
     "torch.storage": {"UntypedStorage"},
 }
-_CALLS = ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4")
+# The function or class that an operation asks for, "module name", of its argument and the last two strings.
+_CALLED: dict[str, Callable[[Any, list[str]], str]] = {
+    "GLOBAL": lambda argument, _: str(argument),
+    "INST": lambda argument, _: str(argument),
+    "STACK_GLOBAL": lambda _, strings: " ".join(strings),
+}
+_NEVER_SAVED = ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4")
 
 
 class WantsCode(BadInput):
@@ -152,15 +158,12 @@ def _check_pickle(file: IO[bytes]) -> None:
         if count > MAX_OPERATIONS:
             raise ValueError(f"its pickle has more than {MAX_OPERATIONS:,} operations")
         if isinstance(argument, str):
-            if operation.name == "GLOBAL" and not _is_plain(argument):
-                _refuse(argument.replace(" ", "."))
             strings = [strings[1], argument]
-        if operation.name in _CALLS:
-            _refuse(".".join(strings) if operation.name == "STACK_GLOBAL" else str(argument).replace(" ", "."))
-
-
-def _refuse(called: str) -> None:
-    raise WantsCode(f"is a pickle that wants to run code ({called[:60]})")
+        called = _CALLED[operation.name](argument, strings) if operation.name in _CALLED else None
+        if called is not None and not _is_plain(called):
+            raise WantsCode(f"is a pickle that wants to run code ({called.replace(' ', '.')[:60]})")
+        if operation.name in _NEVER_SAVED:
+            raise ValueError(f"its pickle has the operation {operation.name}")
 
 
 def _is_plain(argument: str) -> bool:
