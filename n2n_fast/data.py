@@ -939,7 +939,8 @@ def _images(path: Path, images_name: str, labels_name: str, arrays: dict[str, An
             raise BadInput(f"{path}: array {images_name} is {images.dtype} beyond 0..255; store uint8 or float32")
         images = images.astype(np.uint8)
     elif images.dtype.kind == "f":
-        images = images.astype(np.float32)
+        with np.errstate(over="ignore"):  # what becomes infinite is refused later
+            images = images.astype(np.float32)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.dtype.kind == "u" and labels.size and labels.max() > np.iinfo(np.int64).max:

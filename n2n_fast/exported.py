@@ -102,7 +102,8 @@ def _member(name: str, content: bytes, sizes: dict[str, int]) -> bytes:
     if name.endswith(("model_weights_config.json", "model_constants_config.json")):
         return json.dumps(_payloads(parse_json(content), sizes)).encode()
     if name.endswith("sample_inputs/model.pt") or last == "serialized_example_inputs.pt":
-        return b""  # the images that it was traced with
+        tensors_in(content, last)
+        return b""  # the images that it was traced with, which nobody needs
     if last in ("serialized_state_dict.pt", "serialized_constants.pt"):
         return _saved(tensors_in(content, last))
     if _PAYLOAD.fullmatch(last) or len(content) <= _SMALL:
