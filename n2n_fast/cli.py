@@ -407,7 +407,7 @@ def _settings(directory: Path) -> dict[str, Any]:
         sizes, numbers = (found["image_size"], found["channels"]), (*found["mean"], *found["std"])
         if not isinstance(found["name"], str) or not all(type(size) is int for size in sizes):
             raise TypeError
-        if not all(type(number) in (int, float) for number in numbers):
+        if not (found["mean"] and found["std"] and all(type(n) in (int, float) and abs(n) < 1e9 for n in numbers)):
             raise TypeError
     except (KeyError, TypeError):
         raise BadInput(f"{directory / 'config.json'}: not written by n2n-fast run") from None

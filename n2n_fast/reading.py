@@ -86,8 +86,8 @@ def understood(what: str | Path) -> Iterator[None]:
     """Within it, content that does not have the expected form or does not fit raises BadInput; what: its file."""
     try:
         yield
-    except BadInput:
-        raise
+    except BadInput as error:
+        raise BadInput(f"{what}: {error}") from None
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise BadInput(f"{what}: does not fit this run, or is damaged ({reason})") from None

@@ -175,6 +175,8 @@ class _Search:
             self.trained: list[dict[str, Any]] = [dict(done) for done in held["trained"]]
             points = [Point(**point) for done in self.trained for point in parse_json(done["points"])]
             at = None if held["stage"] is None else dict(held["stage"])
+            if at is not None and at["name"] not in STAGES[self.config.stages]:
+                raise ValueError(f"of stage {at['name']!r:.40}")
         student: nn.Module = self.teacher.module
         chosen: list[Chosen] = []
         policies: dict[str, Any] = {}
@@ -184,7 +186,7 @@ class _Search:
             space = self._space(student) if chosen else self.space
             if len(chosen) == len(self.trained):
                 stage = self._stage(name, space)
-                if at is not None and at.get("name") == name:
+                if at is not None and at["name"] == name:
                     with understood(file):
                         self._restore(stage, at)
                 self._search(stage)

@@ -30,6 +30,8 @@ def load_finite(module: nn.Module, state: Mapping[str, Any]) -> None:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load the state of an optimizer of the same settings and the same parameters; ValueError otherwise."""
+    if not isinstance(state, dict) or not isinstance(state["param_groups"], list):
+        raise ValueError("its optimizer is none")
     given = [{**group, "lr": None} for group in state["param_groups"]]
     if given != [{**group, "lr": None} for group in optimizer.state_dict()["param_groups"]]:
         raise ValueError("its optimizer has other settings")

@@ -391,7 +391,7 @@ def students(good: bytes, marker: Path) -> Files:
     }  # fmt: skip
 
 
-_OF_TENSORS = ("storages missing", "storages cut", "zip without a pickle")
+_OF_TENSORS = ("storages missing", "storages cut", "zip without a pickle", "one bit flipped")
 
 
 def changed_json(content: bytes, ending: str, change: Callable[[dict[str, Any]], None]) -> bytes:
@@ -418,7 +418,7 @@ def _calls(program: dict[str, Any]) -> list[Any]:
 def configurations(marker: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """What to change in the data of a run's config.json."""
     for name, values in {
-        "name": (3, None, ["digits"], "nothing", "npz:/dev/null", "imagefolder:/proc"),
+        "name": (3, None, ["digits"], "nothing", "npz:/dev/null"),
         "image_size": ("8", None, 0, -8, 10**9, 2.5, True, [8]),
         "channels": ("1", None, 0, -1, 10**9),
         "mean": (3, None, "a", ["a"], [[0.1]], [0.1, 0.2], [], {"a": 1}),
@@ -434,19 +434,19 @@ def configurations(marker: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def checkpoints(held: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """held: the checkpoint of a run in its first stage."""
     stage = held["stage"]
-    wrong: tuple[Any, ...] = (None, -1, 1.5, "text", [3], {"a": 3}, torch.zeros(2))
+    wrong: tuple[Any, ...] = ("text", {"a": 3}, torch.zeros(2))
 
     def of_stage(**fields: Any) -> dict[str, Any]:
         return {**held, "stage": {**stage, **fields}}
 
     for name in held:
         yield f"without {name}", {key: value for key, value in held.items() if key != name}
-        for value in wrong if name != "stage" else wrong[1:]:
+        for value in wrong:
             yield f"{name} of {str(value)[:9]}", {**held, name: value}
     for name in stage:
         if name != "name":
             yield f"stage without {name}", {**held, "stage": {k: v for k, v in stage.items() if k != name}}
-            for value in wrong if name != "baseline" else wrong[3:]:
+            for value in wrong[:1] if name in ("evaluated", "generator") else wrong[1:]:
                 yield f"stage's {name} of {str(value)[:9]}", of_stage(**{name: value})
     yield "history of 2**70", {**held, "history": 2**70}
     yield "NaN in the policy", of_stage(policy={k: v * float("nan") for k, v in stage["policy"].items()})
@@ -510,8 +510,8 @@ def trainings(held: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     state = held["state"]
     for name in state:
         yield f"without {name}", {**held, "state": {k: v for k, v in state.items() if k != name}}
-        for value in (None, -1, "text", [3], {"a": 3}):
-            yield f"{name} of {str(value)[:9]}", {**held, "state": {**state, name: value}}
+        for value in (-1, {"a": 3}):
+            yield f"{name} of {value}", {**held, "state": {**state, name: value}}
     yield "a state of text", {**held, "state": "text"}
     yield (
         "optimizer states of other shapes",
