@@ -314,15 +314,22 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, split: Split, batch_size: int = 512) -> float:
-    """Share of `split` that `model` classifies rightly, in 0..1, in eval mode; the model's mode is put back."""
+def accuracy(model: nn.Module, split: Split, batch_size: int = 512, *, strict: bool = False) -> float:
+    """Share of `split` that `model` classifies rightly, in 0..1, in eval mode; the model's mode is put back.
+
+    An image whose logits are not all finite is not classified rightly; strict: such a one raises ArithmeticError.
+    """
     training = model.training
     model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+    correct, finite = torch.zeros(2, dtype=torch.int64, device=split.labels.device)
     for images, labels in split.batches(batch_size):
         logits = model(images.contiguous(memory_format=torch.channels_last))
-        correct += (logits.argmax(1) == labels).sum()
+        is_finite = logits.isfinite().all(1)
+        correct += ((logits.argmax(1) == labels) & is_finite).sum()
+        finite += is_finite.sum()
     model.train(training)
+    if strict and int(finite) < len(split):
+        raise ArithmeticError(f"the logits of {len(split) - int(finite)} of {len(split)} images are not finite")
     return int(correct) / len(split)
 
 

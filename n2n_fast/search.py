@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 
 from n2n_fast.config import STAGES, SearchConfig
 from n2n_fast.data import ImageData, TeacherLogits, accuracy
-from n2n_fast.distill import Diverged, Progress, seeded
+from n2n_fast.distill import Progress, seeded
 from n2n_fast.errors import BadInput, DegenerateArchitecture, first_line
-from n2n_fast.evaluation import Evaluation, Evaluator, latency_of
+from n2n_fast.evaluation import NOT_FINITE, Evaluation, Evaluator, latency_of
 from n2n_fast.graph import Architecture
 from n2n_fast.pareto import Point
 from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy
@@ -157,7 +157,7 @@ class _Search:
     ) -> None:
         self.config, self.data, self.progress = config, data, progress
         self.device = data.train.images.device
-        self.policies = {} if policies is None else read_state(Path(policies))
+        self.policies = {} if policies is None else _read_policies(Path(policies))
         self.calibration = self._calibration_images()
         self.given = copy.deepcopy(teacher).eval().to(self.device, torch.float32)
 
@@ -541,10 +541,10 @@ class _Search:
         keeper = self.directory.training(f"{purpose} {arch.key}", self.progress.stopping)
         try:
             student = stage.evaluator.train(arch, epochs, purpose, self.progress, keeper)
-        except Diverged as error:
-            self.progress.message(f"{purpose}: the training diverged ({error})")
+            return accuracy(student, self.data.validation, strict=True), student
+        except NOT_FINITE as error:
+            self.progress.message(f"{purpose}: the training diverged ({first_line(error)})")
             return None, None
-        return accuracy(student, self.data.validation), student
 
     def _points(self, stage: _Stage) -> list[Point]:
         """Every evaluated student with the best that is known of its accuracy."""
@@ -622,6 +622,13 @@ def _state_of(stage: _Stage) -> dict[str, Any]:
     }
 
 
+def _read_policies(path: Path) -> dict[str, Any]:
+    held = read_state(path)
+    if not held.keys() & set(STAGES["both"]):
+        raise BadInput(f"{path}: holds no policy; give the policies.pt of a run")
+    return held
+
+
 def _transfer(policy: nn.Module, held: dict[str, Any], stage: str) -> None:
     """Let the policy begin as another run's ended; one that the file does not hold begins anew."""
     if stage not in held:
@@ -637,7 +644,10 @@ def _transfer(policy: nn.Module, held: dict[str, Any], stage: str) -> None:
 
 def _checked_accuracy(teacher: nn.Module, data: ImageData) -> float:
     """The teacher's validation accuracy; BadInput where it has learned nothing about this data."""
-    found = accuracy(teacher, data.validation)
+    try:
+        found = accuracy(teacher, data.validation, strict=True)
+    except ArithmeticError as error:
+        raise BadInput(f"the teacher cannot be used on {data.name}: {error}; its weights are damaged") from None
     chance = float(data.validation.labels.bincount().max()) / len(data.validation)
     if found <= 1.2 * chance:
         raise BadInput(

@@ -160,8 +160,7 @@ def test_policies(suffer, place, teacher, finished):
         "of lists": hostile.saved({"shrinkage": {key: [1.0] for key in held}}),
         "of another size": hostile.saved({"shrinkage": {key: value[:1] for key, value in held.items()}}),
     }
-    others = {"an empty dictionary", "keys that are no strings", "a key that clears the screen"}  # hold no policy of it
-    paths = written(place / "policies", {name: content for name, content in files.items() if name not in others})
+    paths = written(place / "policies", files)
     command = ("run", "--teacher", teacher, *CHEAP, "--stages", "shrinkage", "--policy")
     suffer({name: (*command, path) for name, path in paths.items()})
 

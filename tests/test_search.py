@@ -441,3 +441,34 @@ def test_a_teacher_in_half_precision_with_two_outputs_and_a_leaf(teacher, data, 
         load_student(result.out)
     result.student.load_state_dict(torch.load(result.out / "student.pt", weights_only=True))
     assert result.table["student"]["params"] == sum(p.numel() for p in result.student.parameters())
+
+
+def test_the_search_goes_on_past_students_that_are_not_finite(teacher, data, tmp_path, monkeypatch):
+    build, built = ArchitectureSpace.build, []
+
+    def spoiled(self, arch, init=None):
+        student = build(self, arch, init)
+        built.append(arch)
+        if len(built) % 2 == 0:
+            with torch.no_grad():
+                next(student.parameters()).fill_(float("nan"))
+        return student
+
+    monkeypatch.setattr(ArchitectureSpace, "build", spoiled)
+    config = replace(PLAIN, stages="shrinkage", rollout_steps=0, keep_top=2)
+    again = compress(teacher, data, config, tmp_path / "spoiled")
+    failed = [line for line in lines(again.out) if line["error"] is not None and line["architecture"]]
+    assert failed
+    assert all(line["reward"] == -1.0 and line["accuracy"] is None for line in failed)
+    assert len(failed) < len(lines(again.out))
+
+
+def test_a_teacher_of_constant_or_damaged_logits_is_refused(teacher, data, tmp_path):
+    constant, damaged = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    with torch.no_grad():
+        constant.fc.weight.zero_()
+        damaged.fc.bias[1] = float("inf")
+    with pytest.raises(BadInput, match=r"accuracy on quarters is \d+\.\d%, no better than chance"):
+        compress(constant, data, TINY, tmp_path / "constant")
+    with pytest.raises(BadInput, match=r"the logits of .* are not finite; its weights are damaged"):
+        compress(damaged, data, TINY, tmp_path / "damaged")
