@@ -1,5 +1,9 @@
 #include "kd_loss.h"
 
+#ifdef N2N_FAST_X86
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <memory>
 #include <stdexcept>
@@ -15,6 +19,14 @@ namespace {
 constexpr int64_t kChunkElements = 8192;        // what a thread claims at once; also fixes the order of the sum
 constexpr int64_t kParallelElements = 1 << 18;  // below this, waking a thread costs more than it saves
 constexpr int64_t kStackBytes = 32768;
+
+#ifdef N2N_FAST_X86
+// Not by __builtin_cpu_supports, to which clang before 15 does not know the name.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
 
 RowsFunction rows_function(Simd simd) {
 #ifdef N2N_FAST_X86
@@ -71,7 +83,7 @@ void write_results(const KdLoss& args, const RowTotals& total) {
 Simd best_simd() {
 #ifdef N2N_FAST_X86
   static const Simd best = [] {
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return avx2 ? (avx512 ? Simd::kAvx512 : Simd::kAvx2) : Simd::kBaseline;

@@ -205,11 +205,14 @@ void check_pieces(const Piece* pieces, int64_t count, int64_t flat_elements) {
     check_indices("keep_in", p, pieces[p].keep_in, pieces[p].kept_in, pieces[p].in_channels, "input");
     if (pieces[p].offset < end)
       throw std::invalid_argument("materialize: result " + std::to_string(p) + " overlaps the one before it");
+    // By subtraction: an offset near the largest number would make their sum a negative one.
+    if (pieces[p].elements() > flat_elements - pieces[p].offset)
+      throw std::invalid_argument("materialize: result " + std::to_string(p) + " takes " +
+                                  std::to_string(pieces[p].elements()) + " elements from " +
+                                  std::to_string(pieces[p].offset) + " on, the flat buffer has " +
+                                  std::to_string(flat_elements));
     end = pieces[p].offset + pieces[p].elements();
   }
-  if (end > flat_elements)
-    throw std::invalid_argument("materialize: the results take " + std::to_string(end) +
-                                " elements, the flat buffer has " + std::to_string(flat_elements));
 }
 
 void materialize_cpu(const Piece* pieces, int64_t count, int64_t element_bytes, void* flat, int64_t flat_elements,

@@ -21,6 +21,7 @@ from n2n_fast.errors import BadInput, first_line
 from n2n_fast.export import SUFFIXES, export
 from n2n_fast.options import OF_ONE_CALL, Group, option, section, version
 from n2n_fast.plan import plan
+from n2n_fast.reading import understood
 from n2n_fast.result import load_student
 from n2n_fast.reward import OBJECTIVES
 from n2n_fast.run_directory import Interrupted, read_settings
@@ -63,7 +64,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    click.echo(f"n2n-fast: {' '.join(message.split())}", err=True)
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # names in files can be anything
+    click.echo(f"n2n-fast: {line}", err=True)
     sys.exit(2)
 
 
@@ -275,11 +277,29 @@ def _as_before(context: click.Context, options: dict[str, Any]) -> dict[str, Any
     if not isinstance(held, dict):
         raise BadInput(f"{options['resume']}: was not begun by n2n-fast run; go on from Python, compress(resume=True)")
     told = {name: value for name, value in held.items() if name in options and not _was_given(context, name)}
+    if told.get("allow_pickle") or ":" in str(told.get("arch")):
+        raise BadInput(
+            f"{options['resume']}: was begun with --allow-pickle or --arch package.module:factory, which run code; "
+            "give them again if you trust what they name"
+        )
     for param in context.command.params:
-        if param.name in told and told[param.name] is not None and not param.multiple:
-            told[param.name] = param.type_cast_value(context, told[param.name])
-    device = told.get("device")
-    return {**options, **told, **({} if device is None else {"device": torch.device(device)})}
+        if param.name is not None and told.get(param.name) is not None:
+            with understood(options["resume"] / "config.json"):
+                told[param.name] = _retold(context, param, told[param.name])
+    return {**options, **told}
+
+
+def _retold(context: click.Context, option: click.Parameter, value: Any) -> Any:
+    """The value of an option that config.json notes, as the command line would give it; TypeError for any other."""
+    kind = float if option.callback is _numbers else str if option.multiple else None
+    if kind is not None:
+        if not isinstance(value, list) or not all(isinstance(part, kind) for part in value):
+            raise TypeError(f"{option.name}: {str(value)[:40]!r}")
+        return tuple(value) if option.multiple else value
+    if not isinstance(value, str if isinstance(option.type, click.Path) else str | int | float):
+        raise TypeError(f"{option.name}: {str(value)[:40]!r}")
+    cast = option.type_cast_value(context, value)
+    return cast if option.callback is None else option.callback(context, option, cast)
 
 
 def _was_given(context: click.Context, name: str) -> bool:
@@ -447,24 +467,40 @@ def export_command(
 
 
 def _exported_accuracy(student: nn.Module, images: ImageData, split: Any) -> float:
-    """Accuracy of an exported module, which has no modes to switch."""
-    with torch.no_grad():
-        correct = 0
-        for batch, labels in split.batches(512):
-            logits = student(batch)
-            if logits.shape[1] != images.classes:
-                raise BadInput(f"the student tells {logits.shape[1]} classes apart, {images.name} has {images.classes}")
-            correct += int((logits.argmax(1) == labels).sum())
+    """Accuracy of an exported module, which has no modes to switch; BadInput where it does not take the images."""
+    correct = 0
+    for batch, labels in split.batches(512):
+        logits = _logits(student, batch)
+        if logits.shape[1] != images.classes:
+            raise BadInput(f"the student tells {logits.shape[1]} classes apart, {images.name} has {images.classes}")
+        correct += int((logits.argmax(1) == labels).sum())
     return correct / len(split)
+
+
+@torch.no_grad()
+def _logits(student: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    try:
+        logits = student(batch)
+    except Exception as error:  # noqa: BLE001 - a student from a file can be any program
+        raise BadInput(f"the student does not take images of {tuple(batch.shape)} ({first_line(error)})") from None
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(batch):
+        raise BadInput("the student gives no logits; give the run of another")
+    return logits
 
 
 def _settings(directory: Path) -> dict[str, Any]:
     """What a run's config.json says of its data."""
     try:
-        settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))["data"]
-        return {key: settings[key] for key in ("name", "image_size", "channels", "mean", "std")}
-    except (ValueError, KeyError, TypeError):
+        settings = read_settings(directory)["data"]
+        found = {key: settings[key] for key in ("name", "image_size", "channels", "mean", "std")}
+        sizes, numbers = (found["image_size"], found["channels"]), (*found["mean"], *found["std"])
+        if not isinstance(found["name"], str) or not all(type(size) is int for size in sizes):
+            raise TypeError
+        if not (found["mean"] and found["std"] and all(type(n) in (int, float) and abs(n) < 1e9 for n in numbers)):
+            raise TypeError
+    except (KeyError, TypeError):
         raise BadInput(f"{directory / 'config.json'}: not written by n2n-fast run") from None
+    return found
 
 
 def _load(

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from n2n_fast.errors import BadInput, first_line
+from n2n_fast.reading import FREE_BYTES
 
 VALIDATION_SHARE = 0.1
 VALIDATION_LIMIT = 5000
 TEST_SHARE = 0.2  # of a set that comes without a test split
 KEPT_NUMBERS = 2**26  # of prepared batches that are held for the next student
 KEPT_LOGITS = 2**28
+MOST_UNPACKED = 200  # times the length of an .npz file: images do not compress like that
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,15 +314,22 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, split: Split, batch_size: int = 512) -> float:
-    """Share of `split` that `model` classifies rightly, in 0..1, in eval mode; the model's mode is put back."""
+def accuracy(model: nn.Module, split: Split, batch_size: int = 512, *, strict: bool = False) -> float:
+    """Share of `split` that `model` classifies rightly, in 0..1, in eval mode; the model's mode is put back.
+
+    An image whose logits are not all finite is not classified rightly; strict: such a one raises ArithmeticError.
+    """
     training = model.training
     model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+    correct, finite = torch.zeros(2, dtype=torch.int64, device=split.labels.device)
     for images, labels in split.batches(batch_size):
         logits = model(images.contiguous(memory_format=torch.channels_last))
-        correct += (logits.argmax(1) == labels).sum()
+        is_finite = logits.isfinite().all(1)
+        correct += ((logits.argmax(1) == labels) & is_finite).sum()
+        finite += is_finite.sum()
     model.train(training)
+    if strict and int(finite) < len(split):
+        raise ArithmeticError(f"the logits of {len(split) - int(finite)} of {len(split)} images are not finite")
     return int(correct) / len(split)
 
 
@@ -882,7 +891,7 @@ def _read_npz(request: _Request) -> _Arrays:
         raise BadInput(f"{path} is a directory; npz: takes a file") from error
     except FileNotFoundError as error:
         raise BadInput(f"{path} does not exist; give the .npz file") from error
-    except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile, MemoryError) as error:
+    except Exception as error:
         raise BadInput(f"{path} is no .npz file, or a damaged one ({_one_line(error)}); save it anew") from error
     parts = [(_images(path, *part, loaded)) for part in (train, test) if part]
     return _Arrays(parts[0], parts[1] if test else None)
@@ -902,9 +911,11 @@ def _npz_parts(path: Path, names: set[str]) -> tuple[tuple[str, str], tuple[str,
 
 def _check_npz(path: Path, archive: zipfile.ZipFile, names: list[str]) -> None:
     """Refuse arrays that would run code, are cut short or are too large, by their headers, before any is unpacked."""
-    total = 0
+    total, packed = 0, path.stat().st_size
     for name in names:
         entry = archive.getinfo(f"{name}.npy")
+        if entry.file_size > max(FREE_BYTES, MOST_UNPACKED * packed):
+            raise BadInput(f"{path}: array {name} would unpack from {packed:,} to {entry.file_size:,} bytes")
         with archive.open(entry) as file:
             shape, dtype = _npy_header(file)
             held = entry.file_size - file.tell()
@@ -939,7 +950,8 @@ def _images(path: Path, images_name: str, labels_name: str, arrays: dict[str, An
             raise BadInput(f"{path}: array {images_name} is {images.dtype} beyond 0..255; store uint8 or float32")
         images = images.astype(np.uint8)
     elif images.dtype.kind == "f":
-        images = images.astype(np.float32)
+        with np.errstate(over="ignore"):  # what becomes infinite is refused later
+            images = images.astype(np.float32)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.dtype.kind == "u" and labels.size and labels.max() > np.iinfo(np.int64).max:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from n2n_fast import ops
+from n2n_fast.reading import understood
+from n2n_fast.states import checked, load_optimizer
 
 CHECK_EVERY = 10
 WARM_UP = 0.2
@@ -110,13 +112,14 @@ def _restore(state: dict[str, Any] | None, model: nn.Module, optimizer: torch.op
     """Put back what `_state` gave; the number of steps done."""
     if state is None:
         return 0
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["generators"]["cpu"])
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["generators"]["cuda"], device)
-    return int(state["step"])
+    with understood("the training that was kept"):
+        model.load_state_dict(state["model"])
+        load_optimizer(optimizer, state["optimizer"])
+        torch.set_rng_state(state["generators"]["cpu"])
+        device = next(model.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["generators"]["cuda"], device)
+        return checked(state["step"], int)
 
 
 def _report(step: int, tally: Tensor, progress: Progress | None) -> None:

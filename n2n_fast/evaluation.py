@@ -1,21 +1,29 @@
 """What a student is worth: the accuracy that a few steps give it, and its training in full (section 3.3)."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from n2n_fast.config import SearchConfig
 from n2n_fast.data import Batches, ImageData, Split, TeacherLogits, accuracy
-from n2n_fast.distill import BatchSource, Diverged, Keeper, Progress, fit, latency_ms, recalibrate, seeded
+from n2n_fast.distill import BatchSource, Keeper, Progress, fit, latency_ms, recalibrate, seeded
+from n2n_fast.errors import first_line
 from n2n_fast.graph import Architecture
+from n2n_fast.journal import is_evaluation
 from n2n_fast.seeds import derived
 from n2n_fast.space import ArchitectureSpace
+from n2n_fast.states import load_finite
 from n2n_fast.tracing import run
 
 Training = Callable[[nn.Module, float], object]  # trains a student in place, for so many epochs
+
+# What building, training and trying a student raise where its numbers go astray; Diverged is among the first.
+NOT_FINITE = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,14 @@ class Evaluation:
     latency: float | None
     seconds: dict[str, float]
     error: str | None = None
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any], timed: bool) -> "Evaluation":
+        """The inverse of `asdict`; ValueError or TypeError for anything else. timed: whether a latency is needed."""
+        found = cls(**record)
+        if not is_evaluation(**record) or (timed and found.latency is None):
+            raise ValueError("an evaluation that is none")
+        return found
 
 
 class Evaluator:
@@ -60,22 +76,22 @@ class Evaluator:
         self._images = _subset(data.validation, config.validation_images, derived(config.seed, "validation"))
 
     def evaluate(self, arch: Architecture, seed: int) -> Evaluation:
-        """A student after the few steps of a rollout."""
-        clock = _Clock()
-        with seeded(seed, self._device):
-            student = self._build(arch)
-            clock.note("build")
-            latency = latency_of(student, self.data, self.config)
-            clock.note("latency")
-            error = None
-            try:
+        """A student after the few steps of a rollout; what is not finite in it becomes the evaluation's error."""
+        clock, latency = _Clock(), None
+        try:
+            with seeded(seed, self._device):
+                student = self._build(arch)
+                clock.note("build")
+                latency = _finite(latency_of(student, self.data, self.config))
+                clock.note("latency")
                 self._fit(student, self._rollout_batches, self._rollout_epochs, self.config.learning_rate)
-            except Diverged as reason:
-                error = str(reason)
-            clock.note("train")
-        found = None if error else accuracy(student, self._images)
-        clock.note("validate")
-        return Evaluation(found, latency, clock.seconds, error)
+                clock.note("train")
+            found = accuracy(student, self._images, strict=True)
+            clock.note("validate")
+        except NOT_FINITE as reason:
+            clock.note("failed")
+            return Evaluation(None, latency, clock.seconds, first_line(reason))
+        return Evaluation(found, latency, clock.seconds)
 
     def train(
         self,
@@ -174,8 +190,14 @@ def giving_logits(teacher: nn.Module, space: ArchitectureSpace, images: Tensor) 
 def restored(space: ArchitectureSpace, arch: Architecture, state: dict[str, Tensor]) -> fx.GraphModule:
     """A student that was trained before."""
     student = space.build(arch, "inherit")
-    student.load_state_dict(state)
+    load_finite(student, state)
     return student
+
+
+def _finite(latency: float | None) -> float | None:
+    if latency is not None and not math.isfinite(latency):
+        raise ArithmeticError(f"the latency is {latency} ms")
+    return latency
 
 
 class _Clock:

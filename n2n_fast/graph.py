@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,8 @@ class Architecture:
         """The inverse of `to_json`; raises BadInput for anything else."""
         try:
             raw = json.loads(text)
+            if set(raw) != {field.name for field in fields(cls)}:
+                raise ValueError(f"its fields are {', '.join(map(str, raw))[:100]}")
             return cls(
                 keep=tuple(_checked(keep, bool) for keep in _checked(raw["keep"], list)),
                 widths=tuple(_checked(width, int, 1) for width in _checked(raw["widths"], list)),
@@ -97,8 +99,8 @@ class Architecture:
                 params=_checked(raw["params"], int, 0),
                 macs=_checked(raw["macs"], int, 0),
             )
-        except (ValueError, TypeError, KeyError) as error:
-            raise BadInput(f"not an architecture written by n2n-fast: {error!r}") from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise BadInput(f"not an architecture written by n2n-fast: {error!r:.200}") from None
 
     @property
     def key(self) -> str:

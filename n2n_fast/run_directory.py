@@ -5,14 +5,15 @@ import io
 import json
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from n2n_fast.errors import BadInput, first_line
+from n2n_fast.errors import BadInput
+from n2n_fast.journal import is_whole
+from n2n_fast.reading import parse_json, read_tensors, understood
 
 KEEP_SECONDS = 30.0  # between two states of a training
 SHOWN_KEYS = 5
@@ -123,14 +124,16 @@ class RunDirectory:
 
     def _recover(self) -> None:
         """Take what the journal holds behind the checkpoint out of it, whole lines only."""
-        length = 0 if self.checkpoint is None else int(self.checkpoint["history"])
+        length = 0 if self.checkpoint is None else self.checkpoint.get("history")
+        if type(length) is not int or length < 0:
+            raise BadInput(f"{self.path / 'checkpoint.pt'}: not written by n2n-fast run")
         text = (self.path / "history.jsonl").read_bytes()
         if len(text) < length:
             raise BadInput(f"{self.path}: history.jsonl is shorter than when checkpoint.pt was written; it was changed")
         for line in text[length:].splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                if line.endswith(b"\n"):
-                    found = json.loads(line)
+            with contextlib.suppress(ValueError):
+                found = parse_json(line)
+                if line.endswith(b"\n") and is_whole(found):
                     self.recovered[found["kind"], found["stage"], found["update"], found["index"]] = found
         self._history.truncate(length)
         self._history.seek(length)
@@ -165,7 +168,7 @@ class RunDirectory:
     def read_tensors(self, name: str) -> dict[str, Any] | None:
         """What `write_tensors` wrote; None where there is no such file."""
         path = self.path / name
-        return read_tensors(path) if path.exists() else None
+        return read_state(path) if path.exists() else None
 
     def training(self, name: str, stopping: Callable[[], bool]) -> "KeptTraining":
         """A keeper for the training of this name."""
@@ -187,7 +190,10 @@ class KeptTraining:
     def load(self) -> dict[str, Any] | None:
         """The state of this very training, if it was kept."""
         held = self._directory.read_tensors("training.pt")
-        return held["state"] if held is not None and held["name"] == self._name else None
+        if held is None or held.get("name") != self._name:
+            return None
+        with understood(self._directory.path / "training.pt"):
+            return dict(held["state"])
 
     def offer(self, state: Callable[[], dict[str, Any]]) -> None:
         """Keep the state if it is time for it; raises Interrupted after that where the search was asked to stop."""
@@ -203,24 +209,17 @@ def read_settings(path: Path) -> dict[str, Any]:
     """What config.json of a run directory holds; BadInput where it is none."""
     file = path / "config.json"
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
+        held = parse_json(file.read_text(encoding="utf-8"))
         if not isinstance(held, dict):
             raise TypeError
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError):
         raise BadInput(f"{file}: not written by n2n-fast run") from None
     return held
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
-    """A dictionary that torch.save wrote, without running code that is in it; BadInput where it is none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd pickles, which are refused below
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a damaged file can fail in any of the ways that unpickling can
-        raise BadInput(f"{path}: not written by n2n-fast, or damaged ({first_line(error)})") from None
+def read_state(path: Path) -> dict[str, Any]:
+    """A dictionary that `write_tensors` wrote; BadInput where the file holds anything else."""
+    held = read_tensors(path)
     if not isinstance(held, dict):
         raise BadInput(f"{path}: not written by n2n-fast")
     return held

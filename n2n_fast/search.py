@@ -16,18 +16,30 @@ from torch import Tensor, fx, nn
 
 from n2n_fast.config import STAGES, SearchConfig
 from n2n_fast.data import ImageData, TeacherLogits, accuracy
-from n2n_fast.distill import Diverged, Progress, seeded
+from n2n_fast.distill import Progress, seeded
 from n2n_fast.errors import BadInput, DegenerateArchitecture, first_line
-from n2n_fast.evaluation import Evaluation, Evaluator, Recipe, Training, giving_logits, latency_of, restored, space_of
+from n2n_fast.evaluation import (
+    NOT_FINITE,
+    Evaluation,
+    Evaluator,
+    Recipe,
+    Training,
+    giving_logits,
+    latency_of,
+    restored,
+    space_of,
+)
 from n2n_fast.graph import Architecture
 from n2n_fast.pareto import Point
 from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy
 from n2n_fast.proxy import Anchor, ProxyMap
+from n2n_fast.reading import parse_json, understood
 from n2n_fast.result import Chosen, Result, finish
 from n2n_fast.reward import DEGENERATE, Constraints, Cost, reward
-from n2n_fast.run_directory import Interrupted, RunDirectory, read_tensors
+from n2n_fast.run_directory import Interrupted, RunDirectory, read_state
 from n2n_fast.seeds import derived
 from n2n_fast.space import ArchitectureSpace
+from n2n_fast.states import checked, load_finite, load_optimizer
 from n2n_fast.student import independent_copy
 from n2n_fast.workers import Engine, Job, Workers, engine
 
@@ -180,7 +192,7 @@ class _Search:
         self.training, self.reward = training, reward
         self.config, self.data, self.progress, self.engine = config, data, progress, engine
         self.device = data.train.images.device
-        self.policies = {} if policies is None else read_tensors(Path(policies))
+        self.policies = {} if policies is None else _read_policies(Path(policies))
         self.calibration = self._calibration_images()
         self.given = copy.deepcopy(teacher).eval().to(self.device, torch.float32)
 
@@ -192,26 +204,37 @@ class _Search:
         self.directory = directory
         self._prepare()
         directory.begin()
+        file = directory.path / "checkpoint.pt"
         held = directory.checkpoint or {"trained": [], "stage": None}
-        self.trained: list[dict[str, Any]] = held["trained"]
+        with understood(file):
+            self.trained: list[dict[str, Any]] = [dict(done) for done in held["trained"]]
+            points = [Point(**point) for done in self.trained for point in parse_json(done["points"])]
+            at = None if held["stage"] is None else dict(held["stage"])
+            if at is not None and at["name"] not in STAGES[self.config.stages]:
+                raise ValueError(f"of stage {at['name']!r:.40}")
         student: nn.Module = self.teacher.module
         chosen: list[Chosen] = []
+        policies: dict[str, Any] = {}
         names = STAGES[self.config.stages]
         for name in names:
             # stage 2 starts from the trained student of stage 1
             space = space_of(student, self.calibration, self.config) if chosen else self.space
             if len(chosen) == len(self.trained):
                 stage = self._stage(name, space)
-                if held["stage"] is not None and held["stage"]["name"] == name:
-                    self._restore(stage, held["stage"])
+                if at is not None and at["name"] == name:
+                    with understood(file):
+                        self._restore(stage, at)
                 self.engine.begin(stage.evaluator, self._recipe(name))
                 self._search(stage)
                 self._train_best(stage, last=name == names[-1])
-            done = self.trained[len(chosen)]
-            arch = Architecture.from_json(done["architecture"])
-            chosen.append(Chosen(name, space, arch))
-            student = restored(space, arch, done["student"])
-        directory.write_tensors("policies.pt", {done["name"]: done["policy"] for done in self.trained})
+                points += [Point(**point) for point in json.loads(self.trained[-1]["points"])]
+            with understood(file):
+                done = self.trained[len(chosen)]
+                arch = space.member(Architecture.from_json(done["architecture"]))
+                chosen.append(Chosen(name, space, arch))
+                student = restored(space, arch, done["student"])
+                policies[name] = dict(done["policy"])
+        directory.write_tensors("policies.pt", policies)
         return finish(
             directory=directory,
             data=self.data,
@@ -220,7 +243,7 @@ class _Search:
             teacher=self.teacher.module,
             student=student,
             chosen=chosen,
-            points=[Point(**point) for done in self.trained for point in json.loads(done["points"])],
+            points=points,
             progress=self.progress,
         )
 
@@ -374,7 +397,8 @@ class _Search:
 
     def _recovered(self, stage: _Stage, kind: str, index: int, arch: Architecture) -> Evaluation | None:
         line = self.directory.recovered.get((kind, stage.name, stage.update, index))
-        if line is None or line["architecture"] != arch.key or line.get("cached"):
+        timed = line is not None and (line["latency"] is not None or not self.config.times)
+        if line is None or not timed or line["architecture"] != arch.key or line.get("cached"):
             return None
         return Evaluation(line["proxy_accuracy"], line["latency"], line["seconds"], line["error"])
 
@@ -571,10 +595,10 @@ class _Search:
         keeper = self.directory.training(f"{purpose} {arch.key}", self.progress.stopping)
         try:
             student = stage.evaluator.train(arch, epochs, purpose, self.progress, keeper)
-        except Diverged as error:
-            self.progress.message(f"{purpose}: the training diverged ({error})")
+            return accuracy(student, self.data.validation, strict=True), student
+        except NOT_FINITE as error:
+            self.progress.message(f"{purpose}: the training diverged ({first_line(error)})")
             return None, None
-        return accuracy(student, self.data.validation), student
 
     def _points(self, stage: _Stage) -> list[Point]:
         """Every evaluated student with the best that is known of its accuracy."""
@@ -598,15 +622,20 @@ class _Search:
         self.directory.save({"trained": self.trained, "stage": None if stage is None else _state_of(stage)})
 
     def _restore(self, stage: _Stage, state: dict[str, Any]) -> None:
-        stage.update, stage.baseline = state["update"], state["baseline"]
-        stage.policy.load_state_dict(state["policy"])
-        stage.optimizer.load_state_dict(state["optimizer"])
+        """Put back what `_state_of` gave; raises ValueError and the like where it is not of this stage."""
+        stage.update = checked(state["update"], int)
+        stage.baseline = None if state["baseline"] is None else checked(state["baseline"], float)
+        load_finite(stage.policy, state["policy"])
+        load_optimizer(stage.optimizer, state["optimizer"])
         stage.generator.set_state(state["generator"])
-        for arch, evaluation in json.loads(state["evaluated"]):
-            found = Architecture.from_json(json.dumps(arch))
-            stage.evaluated[found.key] = found, Evaluation(**evaluation)
-        stage.anchors = [(key, found) for key, found in state["anchors"]]
-        stage.finals = [(key, found, student) for key, found, student in state["finals"]]
+        for arch, evaluation in parse_json(state["evaluated"]):
+            found = stage.space.member(Architecture.from_json(json.dumps(arch)))
+            stage.evaluated[found.key] = found, Evaluation.from_record(evaluation, self.config.times)
+        stage.anchors = [(key, found if found is None else checked(found, float)) for key, found in state["anchors"]]
+        stage.finals = [(key, checked(found, float), student) for key, found, student in state["finals"]]
+        unknown = {key for key, _ in stage.anchors if key} | {key for key, *_ in stage.finals}
+        if unknown - stage.evaluated.keys():
+            raise ValueError("an anchor or a trained student was never evaluated")
         stage.map = self._map_of(stage)
 
     def _calibration_images(self) -> Tensor:
@@ -647,13 +676,20 @@ def _state_of(stage: _Stage) -> dict[str, Any]:
     }
 
 
+def _read_policies(path: Path) -> dict[str, Any]:
+    held = read_state(path)
+    if not held.keys() & set(STAGES["both"]):
+        raise BadInput(f"{path}: holds no policy; give the policies.pt of a run")
+    return held
+
+
 def _transfer(policy: nn.Module, held: dict[str, Any], stage: str) -> None:
     """Let the policy begin as another run's ended; one that the file does not hold begins anew."""
     if stage not in held:
         return
     try:
-        policy.load_state_dict(held[stage])
-    except (RuntimeError, TypeError, AttributeError) as error:
+        load_finite(policy, held[stage])
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise BadInput(
             f"--policy: its policy of {stage} does not fit ({first_line(error)}); "
             "use the same ratios, hidden and lstm_layers"
@@ -662,7 +698,10 @@ def _transfer(policy: nn.Module, held: dict[str, Any], stage: str) -> None:
 
 def _checked_accuracy(teacher: nn.Module, data: ImageData) -> float:
     """The teacher's validation accuracy; BadInput where it has learned nothing about this data."""
-    found = accuracy(teacher, data.validation)
+    try:
+        found = accuracy(teacher, data.validation, strict=True)
+    except ArithmeticError as error:
+        raise BadInput(f"the teacher cannot be used on {data.name}: {error}; its weights are damaged") from None
     chance = float(data.validation.labels.bincount().max()) / len(data.validation)
     if found <= 1.2 * chance:
         raise BadInput(

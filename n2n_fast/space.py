@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from fractions import Fraction
 
 import numpy as np
@@ -220,12 +221,27 @@ class ArchitectureSpace:
         return self._factory.kept_units(arch, self._classes(arch.keep))
 
     def _check(self, arch: Architecture) -> None:
-        """Raise ValueError for an architecture of another space."""
-        if (len(arch.keep), len(arch.widths)) != (len(self.layers), len(self._traced.sizes)):
+        """Raise ValueError for an architecture of another number of layers or groups."""
+        layers, groups = len(self.layers), len(self._traced.sizes)
+        if (len(arch.keep), len(arch.kernels), len(arch.widths)) != (layers, layers, groups):
             raise ValueError(
-                f"arch: expected {len(self.layers)} layers and {len(self._traced.sizes)} channel groups, "
+                f"arch: expected {layers} layers and {groups} channel groups, "
                 f"got {len(arch.keep)} and {len(arch.widths)}: it is of another space"
             )
+
+    def member(self, arch: Architecture) -> Architecture:
+        """`arch` itself, if removing and shrinking can lead to it; ValueError where it is of another space."""
+        self._check(arch)
+        layers = zip(arch.keep, arch.kernels, self.layers, strict=True)
+        widths = zip(arch.widths, self._traced.sizes, self._traced.pinned, strict=True)
+        fits = (
+            all(_holds_kernel(kept, size, layer) for kept, size, layer in layers)
+            and all(width == size if pinned else 1 <= width <= size for width, size, pinned in widths)
+            and all(len({Fraction(arch.widths[g], n) for g, n in of.items()}) == 1 for of in self._classes(arch.keep))
+        )
+        if not fits or asdict(self._architecture(arch.keep, arch.widths, arch.kernels)) != asdict(arch):
+            raise ValueError(f"arch: {arch.key} is of another space")
+        return arch
 
     def _check_length(self, name: str, values: Sequence[object]) -> None:
         if len(values) != len(self.layers):
@@ -279,3 +295,11 @@ class ArchitectureSpace:
             common = math.gcd(*(int(seen[g] * scale) for g in members))
             classes.append({g: int(seen[g] * scale) // common for g in members})
         return classes
+
+
+def _holds_kernel(kept: bool, size: tuple[int, ...], layer: Layer) -> bool:
+    """Whether a layer can be kept or removed so, with a kernel cropped to `size`."""
+    if not kept:
+        return layer.removable
+    whole = layer.kernel_size
+    return len(size) == len(whole) and all(n <= k and (k - n) % 2 == 0 for n, k in zip(size, whole, strict=True))

@@ -3,10 +3,8 @@
 import importlib
 import inspect
 import math
-import pickle
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from n2n_fast.data import Batches, ImageData
 from n2n_fast.distill import Diverged, Progress, fit, seeded
 from n2n_fast.errors import BadInput, first_line
+from n2n_fast.reading import WantsCode, read_tensors, read_trusted
 from n2n_fast.tracing import logits_of
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "teacher")
@@ -306,27 +305,15 @@ def _class_count(model: nn.Module) -> int:
 
 
 def _read(path: str | Path, allow_pickle: bool) -> Any:
-    """What torch.load gives, or BadInput."""
+    """What the file holds, or BadInput."""
+    if allow_pickle:
+        return read_trusted(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd pickles, which are refused below
-            return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
-    except FileNotFoundError as error:
-        raise BadInput(f"{path} does not exist; give a file that torch.save wrote") from error
-    except IsADirectoryError as error:
-        raise BadInput(f"{path} is a directory; give a file that torch.save wrote") from error
-    except PermissionError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror}); make it readable") from error
-    except Exception as error:  # a damaged file can fail in any of the ways that unpickling can
-        asked = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and asked and not allow_pickle:
-            raise BadInput(
-                f"{path} is a pickle that wants to run code ({asked[1]}); save model.state_dict() instead,"
-                " or add --allow-pickle if you trust it"
-            ) from error
+        return read_tensors(path)
+    except WantsCode as error:
         raise BadInput(
-            f"{path} is no file that torch.save wrote, or a damaged one ({type(error).__name__}); save it anew"
-        ) from error
+            f"{error}; save model.state_dict() by torch.save instead, or add --allow-pickle if you trust it"
+        ) from None
 
 
 def _unwrap(held: Any, path: str | Path) -> dict[str, Tensor]:
@@ -340,6 +327,8 @@ def _unwrap(held: Any, path: str | Path) -> dict[str, Tensor]:
     if not isinstance(held, Mapping):
         raise BadInput(f"{path} holds a {type(held).__name__}; save model.state_dict()")
     for key, value in held.items():
+        if value.is_complex():
+            raise BadInput(f"{path}: {key} holds complex numbers; give the weights of a network")
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise BadInput(f"{path}: {key} holds NaN or infinite values; the weights are damaged, give another file")
     return dict(held)
@@ -363,9 +352,18 @@ def _from_name(arch: str | None, state: Mapping[str, Tensor], path: str | Path) 
         name, options = infer_architecture(state) if arch is None else _fit(arch, state)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
+    if options["classes"] < 1 or options["channels"] < 1:
+        raise BadInput(f"{path}: {options['classes']} classes and {options['channels']} channels; give a whole network")
     model = _make(name, **options)
-    model.load_state_dict(state)
+    _load(model, state)
     return model
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load weights that are known to fit; counters of batches, which no evaluation reads, need not."""
+    wanted = _shapes(model.state_dict())
+    fitting = {key: value for key, value in state.items() if wanted.get(key) == tuple(value.shape)}
+    model.load_state_dict(fitting)
 
 
 def _from_factory(arch: str, classes: int | None, state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
@@ -383,7 +381,7 @@ def _from_factory(arch: str, classes: int | None, state: Mapping[str, Tensor], p
     fits = [s for s in (dict(state), strip_prefixes(state)) if not _Misfit.of(wanted, _shapes(s), wanted)]
     if not fits:
         raise BadInput(f"{path} does not fit {arch}: {_Misfit.of(wanted, _shapes(strip_prefixes(state)), wanted)}")
-    model.load_state_dict({key: value for key, value in fits[0].items() if key in wanted})
+    _load(model, fits[0])
     return model
 
 

@@ -653,7 +653,14 @@ def test_a_bad_index_is_refused_before_anything_is_written():
     ("table", "message"),
     [
         ([1, 2, 3], "table: expected twelve int64 for each piece, got 3 items of 8 bytes"),
-        ([0, 2, 1, 1, 1, 0, 2, 0, 1, 1, 1, 3], "materialize: the results take 5 elements, the flat buffer has 4"),
+        (
+            [0, 2, 1, 1, 1, 0, 2, 0, 1, 1, 1, 3],
+            "materialize: result 0 takes 2 elements from 3 on, the flat buffer has 4",
+        ),
+        (
+            [0, 2, 1, 1, 1, 0, 2, 0, 1, 1, 1, 2**63 - 1],
+            f"materialize: result 0 takes 2 elements from {2**63 - 1} on, the flat buffer has 4",
+        ),
         ([0, 2, 1, 1, 1, 0, 2, 0, 1, 1, 1, -1], "materialize: result 0 overlaps the one before it"),
     ],
 )

@@ -205,7 +205,7 @@ def test_policies_start_where_another_run_ended(result, teacher, data, tmp_path)
     with pytest.raises(BadInput, match="policy of removal does not fit"):
         compress(teacher, data, replace(config, hidden=7), tmp_path / "off", policies=result.out / "policies.pt")
     (tmp_path / "text.pt").write_text("no policy")
-    with pytest.raises(BadInput, match="not written by n2n-fast, or damaged"):
+    with pytest.raises(BadInput, match=r"no file that torch\.save wrote, or a damaged one"):
         compress(teacher, data, config, tmp_path / "text", policies=tmp_path / "text.pt")
 
 
@@ -466,3 +466,34 @@ def test_ones_own_training_and_reward(teacher, data, tmp_path):
         assert rollout["reward"] == -abs(rollout["params"] - wanted)
     everyone = lines(found.out) + lines(found.out, "anchor")
     assert found.table["student"]["params"] == min((r["params"] for r in everyone), key=lambda p: abs(p - wanted))
+
+
+def test_the_search_goes_on_past_students_that_are_not_finite(teacher, data, tmp_path, monkeypatch):
+    build, built = ArchitectureSpace.build, []
+
+    def spoiled(self, arch, init=None):
+        student = build(self, arch, init)
+        built.append(arch)
+        if len(built) % 2 == 0:
+            with torch.no_grad():
+                next(student.parameters()).fill_(float("nan"))
+        return student
+
+    monkeypatch.setattr(ArchitectureSpace, "build", spoiled)
+    config = replace(PLAIN, stages="shrinkage", rollout_steps=0, keep_top=2)
+    again = compress(teacher, data, config, tmp_path / "spoiled")
+    failed = [line for line in lines(again.out) if line["error"] is not None and line["architecture"]]
+    assert failed
+    assert all(line["reward"] == -1.0 and line["accuracy"] is None for line in failed)
+    assert len(failed) < len(lines(again.out))
+
+
+def test_a_teacher_of_constant_or_damaged_logits_is_refused(teacher, data, tmp_path):
+    constant, damaged = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    with torch.no_grad():
+        constant.fc.weight.zero_()
+        damaged.fc.bias[1] = float("inf")
+    with pytest.raises(BadInput, match=r"accuracy on quarters is \d+\.\d%, no better than chance"):
+        compress(constant, data, TINY, tmp_path / "constant")
+    with pytest.raises(BadInput, match=r"the logits of .* are not finite; its weights are damaged"):
+        compress(damaged, data, TINY, tmp_path / "damaged")
