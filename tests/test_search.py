@@ -11,7 +11,7 @@ import n2n_fast
 from n2n_fast import evaluation, search
 from n2n_fast import result as result_module
 from n2n_fast.config import SearchConfig
-from n2n_fast.distill import fit, seeded
+from n2n_fast.distill import Diverged, fit, seeded
 from n2n_fast.errors import BadInput
 from n2n_fast.proxy import ProxyMap
 from n2n_fast.result import load_student
@@ -287,7 +287,7 @@ def test_test_split_is_read_only_at_the_end(teacher, data, tmp_path, monkeypatch
         monkeypatch.setattr(
             module,
             "accuracy",
-            lambda m, split: (events.append("test" if split is data.test else ""), measured(m, split))[1],
+            lambda m, split, **how: (events.append("test" if split is data.test else ""), measured(m, split, **how))[1],
         )
     monkeypatch.setattr(evaluation, "fit", lambda *a, **k: (events.append("fit"), trained(*a, **k))[1])
     compress(teacher, data, replace(TINY, stages="shrinkage", updates=1), tmp_path / "d")
@@ -344,7 +344,7 @@ def test_a_diverging_student_scores_minus_one_and_the_search_goes_on(teacher, da
 
     def fails_once(*args, **kwargs):
         if next(count) == 1:
-            raise search.Diverged("the loss is nan at step 10")
+            raise Diverged("the loss is nan at step 10")
         return trained(*args, **kwargs)
 
     monkeypatch.setattr(evaluation, "fit", fails_once)
