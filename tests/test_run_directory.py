@@ -14,7 +14,8 @@ from n2n_fast.errors import BadInput
 from n2n_fast.run_directory import KEEP_SECONDS, Interrupted, RunDirectory
 
 SETTINGS = {"updates": 3, "data": {"mean": [0.5]}, "ratios": (0.5, 1.0)}
-LINES = [{"kind": "rollout", "stage": "removal", "update": 0, "index": i, "reward": 0.1 * i} for i in range(4)]
+FOUND = {"architecture": "a1", "proxy_accuracy": 0.5, "accuracy": 0.6, "latency": None, "seconds": {}, "error": None}
+LINES = [{"kind": "rollout", "stage": "removal", "update": 0, "index": i, **FOUND} for i in range(4)]
 
 
 def begun(path, resume=False, settings=SETTINGS):
