@@ -52,7 +52,7 @@ class SearchConfig:
     latency_batch: int = 1
     min_accuracy: float | None = None  # on the validation split, in [0, 1]
     max_drop: float | None = None  # of validation accuracy below the teacher's, in points
-    calibration_images: int = 1024  # unlabelled, for fitted weights and batch norm statistics
+    calibration_images: int = 512  # unlabelled, for fitted weights and batch norm statistics
     seed: int = 0
 
     def __post_init__(self) -> None:

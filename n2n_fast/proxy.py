@@ -27,11 +27,13 @@ class Anchor:
 
 @dataclass(frozen=True)
 class ProxyMap:
-    """logit(accuracy) = intercept + slope · logit(proxy accuracy), slope >= 0: least squares over the anchors.
+    """logit(accuracy) = intercept + slope · logit(proxy accuracy), slope >= 0: the line of Theil and Sen.
 
-    Without enough anchors it is the identity. deviation: of the anchors from the line, in logits. mean, spread: of the
-    anchors' logits, spread being the sum of squares around their mean. error: mean absolute error, in accuracy, with
-    which each anchor is predicted by the others; None where there are too few to leave one out.
+    Its slope is the median over pairs of anchors, its intercept the median over anchors: one anchor that is beyond
+    help, at chance before and after its training, turns it little. Without enough anchors it is the identity.
+    deviation: of the anchors from the line, in logits. mean, spread: of the anchors' logits, spread being the sum of
+    squares around their mean. error: mean absolute error, in accuracy, with which each anchor is predicted by the
+    others; None where there are too few to leave one out.
     """
 
     slope: float = 1.0
@@ -69,12 +71,19 @@ class ProxyMap:
     def _line(cls, anchors: Sequence[Anchor]) -> "ProxyMap":
         x = np.array([_logit(anchor.proxy_accuracy) for anchor in anchors])
         y = np.array([_logit(anchor.accuracy) for anchor in anchors])
+        slope = max(0.0, _median_slope(x, y))
+        intercept = float(np.median(y - slope * x))
         mean, spread = float(x.mean()), max(float(((x - x.mean()) ** 2).sum()), 1e-6)
-        slope = max(0.0, float(((x - mean) * (y - y.mean())).sum()) / spread)
-        intercept = float(y.mean()) - slope * mean
         rest = float(((y - intercept - slope * x) ** 2).sum())
         deviation = max(MIN_DEVIATION, math.sqrt(rest / max(1, len(anchors) - 2)))
         return cls(slope, intercept, deviation, len(anchors), mean, spread)
+
+
+def _median_slope(x: np.ndarray, y: np.ndarray) -> float:
+    """The median slope of all pairs that differ in x; 0 where none do."""
+    i, j = np.triu_indices(len(x), 1)
+    apart = x[i] != x[j]
+    return float(np.median((y[j] - y[i])[apart] / (x[j] - x[i])[apart])) if apart.any() else 0.0
 
 
 def _logit(accuracy: float) -> float:

@@ -62,3 +62,18 @@ def test_anchors_all_alike_or_at_the_edge_are_survived() -> None:
     assert ProxyMap.fit([Anchor("a", 0.5, 0.9)] * 4)(0.2)[0] == pytest.approx(0.9)
     found = ProxyMap.fit([Anchor("a", 0.0, 0.1), Anchor("b", 0.5, 0.9), Anchor("c", 1.0, 1.0)])
     assert 0 < found(0.0)[0] < found(1.0)[0] < 1
+
+
+def test_one_anchor_beyond_help_does_not_turn_the_line() -> None:
+    """The anchors of a real search: a student that stays at chance, and four that follow a line."""
+    good = [
+        Anchor("a", 0.901, 0.903),
+        Anchor("b", 0.846, 0.896),
+        Anchor("c", 0.7985, 0.866),
+        Anchor("d", 0.8575, 0.892),
+    ]
+    lost = Anchor("e", 0.0975, 0.1)
+    alone, both = ProxyMap.fit(good), ProxyMap.fit([*good, lost])
+    assert both(0.85)[0] == pytest.approx(alone(0.85)[0], abs=0.01)
+    assert both(0.93)[0] == pytest.approx(alone(0.93)[0], abs=0.03)
+    assert both(0.85)[1] > alone(0.85)[1]

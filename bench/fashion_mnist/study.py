@@ -110,9 +110,9 @@ def drawn(space, rng):
 def proxy(directory, name, number):
     found, model = images(directory, name), trained_teacher(directory, name)
     logits = TeacherLogits(model, found.train)
-    calibration = found.train.batch(
-        torch.randperm(len(found.train), generator=torch.Generator().manual_seed(0))[:1024]
-    )[0]
+    calibration = found.train.batch(torch.randperm(len(found.train), generator=torch.Generator().manual_seed(0))[:512])[
+        0
+    ]
     space = n2n_fast.ArchitectureSpace(model, calibration[:2], calibration)
     arch = drawn(space, np.random.default_rng(number))
     row = {"params": arch.params, "macs": arch.macs, "teacher_params": space.teacher.params,
@@ -212,7 +212,7 @@ def pruned(directory, name, seed):
             severe, best = ratio, model
         else:
             mild = ratio
-    calibration = found.train.batch(torch.arange(1024))[0]
+    calibration = found.train.batch(torch.arange(512))[0]
     recalibrate(best, calibration.split(128))
     before = accuracy(best, found.validation)
     return {"validation_before_training": before, **trained_alike(directory, name, seed, best)}
