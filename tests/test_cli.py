@@ -16,6 +16,7 @@ from n2n_fast.run_directory import Interrupted
 from n2n_fast.teacher import SmallResNet
 
 QUICK = ("--updates", "1", "--rollouts", "2", "--epochs", "0.2", "--final-epochs", "0.2")
+QUICK += ("--anchors", "3", "--anchor-epochs", "0.2", "--stage-epochs", "0.2", "--keep-top", "1")
 
 
 @pytest.fixture
