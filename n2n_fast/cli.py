@@ -179,9 +179,9 @@ def cli() -> None:
 )
 @section(
     "Workers",
-    option("--workers", type=int, metavar="N", help="Evaluate students in N Ray workers (extra ray)."),
+    option("--workers", type=click.IntRange(min=1), metavar="N", help="Evaluate in N Ray workers (extra ray)."),
     option("--ray-address", metavar="ADDRESS", help="Of a Ray cluster; default: start Ray on this machine."),
-    option("--gpus-per-worker", type=float, default=0.0, metavar="G", help="May be a fraction."),
+    option("--gpus-per-worker", type=click.FloatRange(min=0), default=0.0, metavar="G", help="May be a fraction."),
 )
 @section(
     "Run and output",

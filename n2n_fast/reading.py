@@ -7,6 +7,7 @@ import os
 import pickletools
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -49,21 +50,21 @@ def read_tensors(path: str | Path) -> Any:
     Raises BadInput for any other file, and WantsCode, which is one, where the file would have code run.
     """
     with _damage(path), open(path, "rb") as file:  # noqa: PTH123 - of str and Path alike
-        is_zip = _check(file)
+        records = _check(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd pickles, which are refused
             # mapped, a tensor cannot reach beyond its file, whatever size it claims
-            held = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=is_zip)
-        _check_values(held)
+            held = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=records is not None)
+        _check_values(held, records)
     return held
 
 
 def tensors_in(content: bytes, name: str) -> Any:
     """The same of a file's content; name: for errors."""
     with _damage(name):
-        _check(io.BytesIO(content))
+        records = _check(io.BytesIO(content))
         held = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        _check_values(held)
+        _check_values(held, records)
     return held
 
 
@@ -133,8 +134,8 @@ def _damage(path: str | Path) -> Iterator[None]:
         ) from None
 
 
-def _check(file: IO[bytes]) -> bool:
-    """Look at a file before torch does; returns whether it is a zip archive, as torch >= 1.6 writes."""
+def _check(file: IO[bytes]) -> Counter[int] | None:
+    """Look at a file before torch does. Returns the sizes of its storages in bytes; None for one of torch < 1.6."""
     length = file.seek(0, os.SEEK_END)
     file.seek(0)
     is_zip = file.read(4) == b"PK\3\4"
@@ -142,13 +143,13 @@ def _check(file: IO[bytes]) -> bool:
     if not is_zip:
         for _ in range(LEGACY_PICKLES):
             _check_pickle(file)
-        return False
+        return None
     with zipfile.ZipFile(file) as archive:
         check_archive(archive, length)
         for name in archive.namelist():
             if name.endswith(".pkl"):
                 _check_pickle(io.BytesIO(archive.read(name)))
-    return True
+        return Counter(member.file_size for member in archive.infolist() if "/data/" in member.filename)
 
 
 def _check_pickle(file: IO[bytes]) -> None:
@@ -174,16 +175,21 @@ def _is_plain(argument: str) -> bool:
     return name in _PLAIN.get(module, ())
 
 
-def _check_values(held: Any) -> None:
-    """Refuse tensors that are not plain, or larger than what the file holds of them. Raises ValueError."""
+def _check_values(held: Any, records: Counter[int] | None) -> None:
+    """Refuse tensors that are not plain, or of other sizes than the file's storages. Raises ValueError."""
     seen, left = set(), [held]
+    sizes: dict[int, int] = {}  # of storages, by address
     while left:
         value = left.pop()
         if isinstance(value, Tensor):
             _check_tensor(value)
+            sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
             seen.add(id(value))
             left.extend(value.values() if isinstance(value, dict) else value)
+    wrong = Counter(size for size in sizes.values() if size) - (records or Counter())
+    if records is not None and wrong:
+        raise ValueError(f"a tensor has {next(iter(wrong)):,} bytes, of which the file holds others")
 
 
 def _check_tensor(value: Tensor) -> None:
