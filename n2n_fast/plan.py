@@ -11,7 +11,7 @@ from torch import nn
 from n2n_fast.config import STAGES, SearchConfig
 from n2n_fast.data import ImageData, TeacherLogits
 from n2n_fast.errors import BadInput, DegenerateArchitecture
-from n2n_fast.evaluation import Evaluation, Evaluator
+from n2n_fast.evaluation import Evaluation, Evaluator, giving_logits, space_of
 from n2n_fast.graph import Architecture
 from n2n_fast.seeds import derived
 from n2n_fast.space import ArchitectureSpace
@@ -54,9 +54,8 @@ def plan(teacher: nn.Module, data: ImageData, config: SearchConfig) -> Plan:
     """
     count = min(config.calibration_images, len(data.train))
     images = data.train.batch(torch.arange(count, device=data.train.labels.device))[0]
-    space = _space(teacher.eval(), images, config)
-    if not isinstance(teacher(images[:2]), torch.Tensor):
-        teacher = space.build(space.teacher, "inherit")  # of several outputs it gives the logits
+    space = space_of(teacher.eval(), images, config)
+    teacher = giving_logits(teacher, space, images)
     logits = TeacherLogits(teacher, data.train)
     steps = max(1, round(_steps(config, len(data.train))))
     timed = replace(config, epochs=None, rollout_steps=min(TIMED_STEPS, steps))
@@ -66,14 +65,6 @@ def plan(teacher: nn.Module, data: ImageData, config: SearchConfig) -> Plan:
         stages.append(_stage(name, space, found, timed, config, data, last=name == names[-1]))
     seconds = sum(stage.seconds for stage in stages) + _logits_seconds(logits, data, config)
     return Plan(space.teacher.params, space.teacher.macs, tuple(stages), seconds, space.warnings)
-
-
-def _space(teacher: nn.Module, images: torch.Tensor, config: SearchConfig) -> ArchitectureSpace:
-    looks = config.init in ("reconstructed", "calibrated") or config.saliency == "activations"
-    calibration = images if looks else None
-    return ArchitectureSpace(
-        teacher, images[:2], calibration, saliency=config.saliency, leaf=config.leaf, round_to=config.round_to
-    )
 
 
 def _steps(config: SearchConfig, images: int) -> float:

@@ -11,7 +11,7 @@ import n2n_fast
 from n2n_fast import evaluation, search
 from n2n_fast import result as result_module
 from n2n_fast.config import SearchConfig
-from n2n_fast.distill import Diverged, fit, seeded
+from n2n_fast.distill import Diverged, seeded
 from n2n_fast.errors import BadInput
 from n2n_fast.proxy import ProxyMap
 from n2n_fast.result import load_student
@@ -20,39 +20,19 @@ from n2n_fast.run_directory import Interrupted
 from n2n_fast.search import compress
 from n2n_fast.space import ArchitectureSpace
 from n2n_fast.teacher import SmallResNet
+from quarters import TINY, quarters, taught
 
-TINY = SearchConfig(
-    updates=2,
-    rollouts=3,
-    rollout_steps=4,
-    anchors=4,
-    anchor_epochs=0.5,
-    anchor_every=1,
-    stage_epochs=0.5,
-    final_epochs=1,
-    batch_size=32,
-    calibration_images=64,
-)
 PLAIN = replace(TINY, anchors=0)  # rewards are of accuracies as they are found
 
 
 @pytest.fixture(scope="module")
 def data():
-    """Four classes, told apart by which quarter of the image is bright."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(400) % 4
-    images = 0.5 * torch.randn(400, 1, 8, 8, generator=generator)
-    for n, label in enumerate(labels.tolist()):
-        row, column = 4 * (label // 2), 4 * (label % 2)
-        images[n, :, row : row + 4, column : column + 4] += 1.0
-    return n2n_fast.from_tensors("quarters", (images, labels), seed=0)
+    return quarters()
 
 
 @pytest.fixture(scope="module")
 def teacher(data):
-    with seeded(0, torch.device("cpu")):
-        model = SmallResNet(1, data.classes, 1)
-    return fit(model, n2n_fast.data.Batches(data.train, model, 6, 32, None, seed=0), learning_rate=0.1)
+    return taught(data)
 
 
 @pytest.fixture(scope="module")
