@@ -4,8 +4,10 @@ The result depends neither on the number of workers nor on who finished first: e
 results are given in the order in which they were asked for, and every worker computes on one CPU thread.
 """
 
+import functools
 import importlib
 import os
+import pickle
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -86,17 +88,35 @@ def evaluated(evaluator: Evaluator, arch: Architecture, seed: int, tries: int = 
 
 
 class _Worker:
-    """What runs in a Ray worker."""
+    """What works in a Ray worker."""
 
     def __init__(self, recipe: Callable[[], Evaluator]) -> None:
         torch.set_num_threads(1)
         self._evaluator = recipe()
 
-    def ready(self) -> None:
-        """Return once the evaluator is made."""
-
     def evaluate(self, arch: Architecture, seed: int) -> Evaluation:
         return evaluated(self._evaluator, arch, seed)
+
+
+def _shell() -> type:
+    """The class of Ray's actors, which finds modules as this process does before it loads any of this package's.
+
+    Ray puts the working directory first, where a checkout without the native core may lie. A class made in a function
+    travels by value and names nothing of this package, so that nothing is imported until its __init__ runs.
+    """
+
+    class Shell:
+        def __init__(self, path: list[str], worker: bytes) -> None:
+            sys.path[:0] = path
+            self.worker = pickle.loads(worker)()
+
+        def ready(self) -> None:
+            """Return once the worker is made."""
+
+        def evaluate(self, *job: Any) -> Any:
+            return self.worker.evaluate(*job)
+
+    return Shell
 
 
 class RayEngine:
@@ -119,13 +139,10 @@ class RayEngine:
         self._busy: dict[Any, tuple[Any, int | None]] = {}  # what is awaited: the worker, and the job if it has one
 
     def _connect(self) -> None:
-        path = os.pathsep.join(dict.fromkeys([str(Path.cwd()), *filter(None, sys.path)]))
-        options: dict[str, Any] = {"address": self._workers.address} if self._workers.address else {
-            "address": "local", "num_cpus": self._workers.count, "include_dashboard": False,
-        }  # fmt: skip
-        if not self._workers.address:  # elsewhere, what is imported must be installed
-            options["runtime_env"] = {"env_vars": {"PYTHONPATH": path}}
-            os.environ.setdefault("RAY_worker_niceness", "0")
+        options: dict[str, Any] = {"address": self._workers.address}
+        if self._workers.address is None:
+            options = {"address": "local", "num_cpus": self._workers.count, "include_dashboard": False}
+            os.environ.setdefault("RAY_worker_niceness", "0")  # this process only waits for them
         try:
             self._ray.init(log_to_driver=False, logging_level="error", **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -134,12 +151,13 @@ class RayEngine:
     def begin(self, evaluator: Evaluator, recipe: Callable[[], Evaluator]) -> None:
         """Replace all workers; the recipe, with teacher and data in it, goes to each node once."""
         self._dismiss()
-        self._recipe = self._ray.put(recipe)
+        self._recipe = self._ray.put(self._ray.cloudpickle.dumps(functools.partial(_Worker, recipe)))
         for _ in range(self._workers.count):
             self._hire()
 
     def _hire(self) -> None:
-        worker = self._ray.remote(num_cpus=1, num_gpus=self._workers.gpus)(_Worker).remote(self._recipe)
+        path = [entry or str(Path.cwd()) for entry in sys.path]
+        worker = self._ray.remote(num_cpus=1, num_gpus=self._workers.gpus)(_shell()).remote(path, self._recipe)
         self._busy[worker.ready.remote()] = worker, None
 
     def evaluate(self, jobs: Sequence[Job]) -> Iterator[Evaluation]:

@@ -90,17 +90,25 @@ def teacher(data):
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """Ray on two nodes of one worker each, both on this machine; the second may be taken away."""
+def cluster(tmp_path_factory):
+    """Ray on two nodes of one worker each, both on this machine; the second may be taken away.
+
+    Started where another package of this one's name lies, as a checkout does.
+    """
     import ray
     from ray.cluster_utils import Cluster
 
+    place = tmp_path_factory.mktemp("checkout")
+    (place / "n2n_fast").mkdir()
+    (place / "n2n_fast" / "__init__.py").write_text("raise ImportError('not built')")
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
         started.second = started.add_node(num_cpus=1)
-        ray.init(address=started.address, log_to_driver=False, logging_level="error")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(place)
+            ray.init(address=started.address, log_to_driver=False, logging_level="error")
     yield started
     ray.shutdown()
     started.shutdown()
