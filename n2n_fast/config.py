@@ -32,12 +32,13 @@ class SearchConfig:
     saliency: str | None = None  # activations or l1; default: activations where weights are fitted to them
     batch_size: int = 128
     learning_rate: float = 0.01  # peak, for a rollout's student: fitted weights of a wide net want small steps
-    final_learning_rate: float = 0.05  # peak, for every longer training
+    final_learning_rate: float = 0.05  # peak, for longer trainings; times the root of epochs for less than one
     kd_weight: float = 0.1  # λ in L = L_hard + λ L_KD
     round_to: int = 1  # shrunk widths are multiples of this many channels
     leaf: tuple[str, ...] = ()  # submodules of the teacher that are each one opaque layer
     ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of stage 2, ending with 1
-    keep_probability: float = 0.8  # of untrained policies: that a layer stays, that a kernel keeps its size
+    keep_probability: float | None = None  # that untrained policies keep a layer, or a kernel's size; None: as the
+    # best of the first anchors has it, 0.8 without anchors
     hidden: int = 30  # units of each LSTM layer
     lstm_layers: int = 2
     removal_learning_rate: float = 0.02  # Adam's, stage 1; 0: the policy stays as it is, a random search

@@ -107,7 +107,9 @@ class Evaluator:
             progress.stage(f"training {purpose}", len(batches))
         with seeded(derived(self.config.seed, self.stage, "training", arch.key), self._device):
             student = self._build(arch)
-            self._fit(student, batches, epochs, self.config.final_learning_rate, progress, keeper)
+            # at the full rate a training of a part of an epoch harms students that are nearly the teacher
+            learning_rate = self.config.final_learning_rate * math.sqrt(min(1.0, epochs))
+            self._fit(student, batches, epochs, learning_rate, progress, keeper)
         return student
 
     def _build(self, arch: Architecture) -> fx.GraphModule:

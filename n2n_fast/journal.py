@@ -12,12 +12,12 @@ def is_whole(line: Any) -> bool:
         return False
     needed: tuple[str, ...] = ("architecture", "proxy_accuracy", "accuracy", "latency", "seconds", "error")
     if line["kind"] == "anchor":
-        needed = (*needed, "training_seconds")
+        needed = (*needed, "final_accuracy", "training_seconds")
     return (
         line["kind"] in ("rollout", "anchor")
         and all(name in line for name in needed)
         and _is_optional_text(line["architecture"])
-        and (line["accuracy"] is None or _is_share(line["accuracy"]))
+        and all(line.get(name) is None or _is_share(line[name]) for name in ("accuracy", "final_accuracy"))
         and is_evaluation(line["proxy_accuracy"], line["latency"], line["seconds"], line["error"])
     )
 

@@ -13,6 +13,7 @@ from n2n_fast.data import ImageData, TeacherLogits
 from n2n_fast.errors import BadInput, DegenerateArchitecture
 from n2n_fast.evaluation import Evaluation, Evaluator, giving_logits, space_of
 from n2n_fast.graph import Architecture
+from n2n_fast.policies import KEEP_PROBABILITY
 from n2n_fast.seeds import derived
 from n2n_fast.space import ArchitectureSpace
 
@@ -130,10 +131,10 @@ def _timed(name: str, space: ArchitectureSpace, evaluator: Evaluator) -> Evaluat
 
 def _drawn(name: str, space: ArchitectureSpace, config: SearchConfig, rng: random.Random) -> Architecture | None:
     """An architecture as an untrained policy proposes them; None for one that cannot exist."""
-    count = len(space.layers)
+    count, keep = len(space.layers), config.keep_probability or KEEP_PROBABILITY
     try:
         if name == "removal":
-            return space.remove(space.teacher, [rng.random() < config.keep_probability for _ in range(count)])
+            return space.remove(space.teacher, [rng.random() < keep for _ in range(count)])
         return space.shrink(space.teacher, rng.choices(config.ratios, k=count))
     except DegenerateArchitecture:
         return None

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+KEEP_PROBABILITY = 0.8  # of untrained policies, where nothing tells more
 MOST_REMOVED = 0.7  # share of the layers, at severity 1
 MOST_CROPPED = 0.5  # share of the kernels, at severity 1
+BREADTH = 0.25  # deviation of the widths that an aimed policy draws, as a share of the ratios
 
 
 class RemovalPolicy(nn.Module):
@@ -21,12 +23,18 @@ class RemovalPolicy(nn.Module):
     keep_probability: of every layer before any training.
     """
 
-    def __init__(self, features: int, hidden: int = 30, layers: int = 2, keep_probability: float = 0.8) -> None:
+    def __init__(
+        self, features: int, hidden: int = 30, layers: int = 2, keep_probability: float = KEEP_PROBABILITY
+    ) -> None:
         """Draw the initial weights from torch's global generator."""
         super().__init__()
         self.lstm = nn.LSTM(features, hidden, layers, bidirectional=True, batch_first=True)
         self.head = nn.Linear(2 * hidden, 1)
         nn.init.constant_(self.head.bias, torch.logit(torch.tensor(keep_probability)).item())
+
+    def aim(self, severity: float) -> None:
+        """Let the untrained policy draw about as `spread` does."""
+        nn.init.constant_(self.head.bias, torch.logit(torch.tensor(1 - MOST_REMOVED * severity)).item())
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (layers, features) -> logit of keeping each layer, (layers,)."""
@@ -68,15 +76,32 @@ class ShrinkagePolicy(nn.Module):
     """
 
     def __init__(
-        self, features: int, ratios: int = 10, hidden: int = 30, layers: int = 2, keep_probability: float = 0.8
+        self,
+        features: int,
+        ratios: int = 10,
+        hidden: int = 30,
+        layers: int = 2,
+        keep_probability: float = KEEP_PROBABILITY,
     ) -> None:
         """Draw the initial weights from torch's global generator."""
         super().__init__()
         self.ratios = ratios
         self.lstm = nn.LSTM(features + 2 * ratios, hidden, layers, batch_first=True)
         self.head = nn.Linear(hidden, 2 * ratios)
-        with torch.no_grad():  # most ratios make a 3x3 kernel 1x1, which few layers bear
-            self.head.bias[-1] = torch.logit(torch.tensor(keep_probability)) + math.log(max(1, ratios - 1))
+        self._keep_kernels(keep_probability)
+
+    @torch.no_grad()
+    def aim(self, severity: float) -> None:
+        """Let the untrained policy draw about as `spread` does, of widths more broadly."""
+        last = self.ratios - 1
+        distance = (torch.arange(self.ratios) - (1 - severity) * last) / max(1e-6, BREADTH * last)
+        self.head.bias[: self.ratios] = -(distance**2) / 2
+        self._keep_kernels(1 - MOST_CROPPED * severity)
+
+    @torch.no_grad()
+    def _keep_kernels(self, probability: float) -> None:
+        """Most ratios make a 3x3 kernel 1x1, which few layers bear: that alone would make it likely."""
+        self.head.bias[-1] = torch.logit(torch.tensor(probability)) + math.log(max(1, self.ratios - 1))
 
     def forward(self, x: Tensor, previous: Tensor) -> Tensor:
         """Log-probabilities (count, layers, 2, ratios); x: (layers, features), previous actions: (count, layers, 2)."""

@@ -3,6 +3,10 @@
 A cheap evaluation underrates exactly the students that need training most, which are the small ones, so that a policy
 would learn the evaluation's bias. A few students, the *anchors*, are therefore trained fully, and a monotone map from
 one accuracy to the other corrects all others.
+
+The anchors' training is itself shorter than the final one. Where a limit on accuracy makes the difference count, one
+anchor gets the final training too: the share of its distance to the teacher that this leaves, in logits, is taken to
+be the same for all.
 """
 
 import math
@@ -12,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 MIN_ANCHORS = 3
+MIN_REMAINING = 0.25  # no one student proves that training closes more of the distance for all
 MIN_DEVIATION = 0.05  # of logits: no few anchors prove a map more exact than an accuracy can be measured
 EDGE = 1e-3  # accuracies are held this far from 0 and 1
 
@@ -33,7 +38,8 @@ class ProxyMap:
     help, at chance before and after its training, turns it little. Without enough anchors it is the identity.
     deviation: of the anchors from the line, in logits. mean, spread: of the anchors' logits, spread being the sum of
     squares around their mean. error: mean absolute error, in accuracy, with which each anchor is predicted by the
-    others; None where there are too few to leave one out.
+    others; None where there are too few to leave one out. remaining: share of the distance to the teacher's logit,
+    for students below it, that the final training leaves; 1: nothing is known of that training.
     """
 
     slope: float = 1.0
@@ -43,15 +49,34 @@ class ProxyMap:
     mean: float = 0.0
     spread: float = 1.0
     error: float | None = None
+    remaining: float = 1.0
+    teacher: float = 0.0
 
     def __call__(self, proxy_accuracy: float) -> tuple[float, float]:
         """(accuracy expected after a full training, its standard error), both in accuracy."""
         if self.count == 0:
             return proxy_accuracy, 0.0
         x = _logit(proxy_accuracy)
-        accuracy = _logistic(self.intercept + self.slope * x)
+        accuracy = self.finished(_logistic(self.intercept + self.slope * x))
         width = self.deviation * math.sqrt(1 + 1 / self.count + (x - self.mean) ** 2 / self.spread)
-        return accuracy, accuracy * (1 - accuracy) * width
+        return accuracy, accuracy * (1 - accuracy) * width * self.remaining
+
+    def finished(self, accuracy: float) -> float:
+        """What the final training is expected to make of a student that has this accuracy as an anchor."""
+        distance = self.teacher - _logit(accuracy)
+        return _logistic(self.teacher - self.remaining * distance) if distance > 0 else accuracy
+
+    def finishing(self, trained: Sequence[tuple[float, float]], teacher_accuracy: float) -> "ProxyMap":
+        """This map, taught by students trained both ways: pairs of an anchor's accuracy and the final one."""
+        teacher = _logit(teacher_accuracy)
+        shares = [
+            (teacher - _logit(final)) / (teacher - _logit(accuracy))
+            for accuracy, final in trained
+            if _logit(accuracy) < teacher - MIN_DEVIATION
+        ]
+        if not shares or self.count == 0:
+            return self
+        return replace(self, remaining=min(1.0, max(MIN_REMAINING, float(np.median(shares)))), teacher=teacher)
 
     @classmethod
     def fit(cls, anchors: Sequence[Anchor]) -> "ProxyMap":

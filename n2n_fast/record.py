@@ -42,6 +42,7 @@ class StageRecord:
     def points(self) -> list[Point]:
         """Every evaluated student once, with what is known or else expected of it by the last map."""
         known = {line["architecture"]: line["accuracy"] for line in (*self.anchors, *self.finals)}
+        known |= {line["architecture"]: line["final_accuracy"] for line in self.anchors if line["final_accuracy"]}
         points = {}
         for line in (*self.rollouts, *self.anchors):
             key, proxy = line["architecture"], line["proxy_accuracy"]

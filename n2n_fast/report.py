@@ -125,7 +125,12 @@ def _map_text(stage: StageRecord) -> str:
         return "Too few anchors for a map: accuracies count as they are found."
     line = f"logit(accuracy) = {found.intercept:.2f} + {found.slope:.2f} · logit(accuracy after a few steps)"
     error = "" if found.error is None else f"; each anchor predicted by the others: {100 * found.error:.1f} points off"
-    return f"{line}, by {found.count} anchors{error}."
+    final = (
+        ""
+        if found.remaining == 1
+        else f" The final training leaves {found.remaining:.0%} of the distance to the teacher."
+    )
+    return f"{line}, by {found.count} anchors{error}.{final}"
 
 
 def _anchor_rows(stage: StageRecord) -> Rows:

@@ -52,6 +52,11 @@ class Constraints:
         """0 where all limits are met, else the sum of the relative distances to them."""
         return sum(self.gaps(cost, accuracy).values())
 
+    @property
+    def of_accuracy(self) -> "Constraints":
+        """The limit on accuracy alone, for students that are still to be made smaller."""
+        return Constraints(min_accuracy=self.min_accuracy)
+
     @staticmethod
     def anneal(reward: float, update: int) -> float:
         """The reward of a student that violates a constraint: (ε - 1) + ε R, ε = (1 - update / 15)^4, 0 after that.

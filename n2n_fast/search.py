@@ -31,7 +31,7 @@ from n2n_fast.evaluation import (
 )
 from n2n_fast.graph import Architecture
 from n2n_fast.pareto import Point
-from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy
+from n2n_fast.policies import KEEP_PROBABILITY, RemovalPolicy, ShrinkagePolicy
 from n2n_fast.proxy import Anchor, ProxyMap
 from n2n_fast.reading import parse_json, understood
 from n2n_fast.result import Chosen, Result, finish
@@ -44,6 +44,7 @@ from n2n_fast.student import independent_copy
 from n2n_fast.workers import Engine, Job, Workers, engine
 
 SPREAD_TRIES = 20  # at an anchor that is not degenerate
+MOST_DIVERGED = 3  # full trainings, after which others are not tried either
 
 RewardFunction = Callable[[float, Cost], float]  # of the validation accuracy and of what the student costs
 
@@ -94,6 +95,7 @@ class _Stage:
     evaluator: Evaluator
     policy: RemovalPolicy | ShrinkagePolicy
     mask: Tensor
+    limits: Constraints
     architecture_of: Callable[[list[Any]], Architecture]
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
@@ -101,8 +103,9 @@ class _Stage:
     update: int = 0
     baseline: float | None = None
     evaluated: dict[str, tuple[Architecture, Evaluation]] = field(default_factory=dict)
-    anchors: list[tuple[str, float | None]] = field(default_factory=list)  # architecture, accuracy or failed
+    anchors: list[tuple[str, float | None, float | None]] = field(default_factory=list)  # key, accuracy, final one
     finals: list[tuple[str, float, dict[str, Tensor]]] = field(default_factory=list)
+    finished: list[tuple[float, float]] = field(default_factory=list)  # both accuracies, of the stages before
     map: ProxyMap = field(default_factory=ProxyMap)
 
 
@@ -208,6 +211,8 @@ class _Search:
         held = directory.checkpoint or {"trained": [], "stage": None}
         with understood(file):
             self.trained: list[dict[str, Any]] = [dict(done) for done in held["trained"]]
+            for done in self.trained:
+                done["finished"] = _pairs(done["finished"])
             points = [Point(**point) for done in self.trained for point in parse_json(done["points"])]
             at = None if held["stage"] is None else dict(held["stage"])
             if at is not None and at["name"] not in STAGES[self.config.stages]:
@@ -226,7 +231,7 @@ class _Search:
                         self._restore(stage, at)
                 self.engine.begin(stage.evaluator, self._recipe(name))
                 self._search(stage)
-                self._train_best(stage, last=name == names[-1])
+                self._train_best(stage)
                 points += [Point(**point) for point in json.loads(self.trained[-1]["points"])]
             with understood(file):
                 done = self.trained[len(chosen)]
@@ -282,13 +287,12 @@ class _Search:
         removes = name == "removal"
         features = space.features().shape[1]
         policy: RemovalPolicy | ShrinkagePolicy
+        keep = config.keep_probability or KEEP_PROBABILITY
         with seeded(derived(config.seed, name, "policy"), torch.device("cpu")):
             if removes:
-                policy = RemovalPolicy(features, config.hidden, config.lstm_layers, config.keep_probability)
+                policy = RemovalPolicy(features, config.hidden, config.lstm_layers, keep)
             else:
-                policy = ShrinkagePolicy(
-                    features, len(config.ratios), config.hidden, config.lstm_layers, config.keep_probability
-                )
+                policy = ShrinkagePolicy(features, len(config.ratios), config.hidden, config.lstm_layers, keep)
         if self.policies:
             _transfer(policy, self.policies, name)
         rate = config.removal_learning_rate if removes else config.shrinkage_learning_rate
@@ -300,10 +304,16 @@ class _Search:
             mask=torch.tensor([layer.removable for layer in space.layers])
             if removes
             else torch.tensor(space.choices(space.teacher)).T,
+            # what a stage leaves too large, the next one shrinks
+            limits=self.constraints if self._is_last(name) else self.constraints.of_accuracy,
             architecture_of=_remove(space) if removes else _shrink(space, config.ratios),
             optimizer=torch.optim.Adam(policy.parameters(), rate),
             generator=torch.Generator().manual_seed(derived(config.seed, name, "actions")),
+            finished=[pair for done in self.trained for pair in done["finished"]],
         )
+
+    def _is_last(self, stage: str) -> bool:
+        return stage == STAGES[self.config.stages][-1]
 
     # One stage
 
@@ -315,6 +325,8 @@ class _Search:
         self.progress.stage(stage.name, config.updates * config.rollouts)
         while stage.update < config.updates:
             self._train_anchors(stage)
+            if stage.update == 0:
+                self._aim(stage)
             actions = policy.sample(features, stage.mask, config.rollouts, stage.generator)
             rewards = []
             for rollout in self._evaluate(stage, actions):
@@ -411,7 +423,7 @@ class _Search:
         if judged is not None:
             value = judged.reward
             if judged.violation > 0:
-                value = self.constraints.anneal(value, stage.update)
+                value = stage.limits.anneal(value, stage.update)
         return Rollout(
             stage=stage.name,
             update=stage.update,
@@ -454,16 +466,18 @@ class _Search:
         if evaluation.accuracy is None:
             return None
         expected, error = stage.map(evaluation.accuracy)
-        return self._judged(arch, evaluation, expected, error)
+        return self._judged(stage, arch, evaluation, expected, error)
 
-    def _judged(self, arch: Architecture, evaluation: Evaluation, accuracy: float, error: float) -> _Judged:
+    def _judged(
+        self, stage: _Stage, arch: Architecture, evaluation: Evaluation, accuracy: float, error: float
+    ) -> _Judged:
         teacher, objective = self.teacher, self.config.objective
         cost = Cost(arch.params, arch.macs, evaluation.latency)
         if self.reward is not None:
             value = float(self.reward(accuracy, cost))
         else:
             value = reward(accuracy, cost.of(objective), teacher.accuracy, teacher.cost.of(objective))
-        return _Judged(arch, cost, accuracy, error, value, self.constraints.violation(cost, accuracy))
+        return _Judged(arch, cost, accuracy, error, value, stage.limits.violation(cost, accuracy))
 
     # Anchors
 
@@ -478,10 +492,13 @@ class _Search:
             number = len(stage.anchors)
             arch = self._spread(stage, number) if number < config.anchors else self._best_unanchored(stage)
             if arch is None:
-                stage.anchors.append(("", None))
+                stage.anchors.append(("", None, None))
                 continue
             self._train_anchor(stage, arch, number)
             self._fit_map(stage)
+            if stage.map.count:
+                error = "" if stage.map.error is None else f", {100 * stage.map.error:.1f} points off when left out"
+                self.progress.message(f"{stage.name}: accuracies are corrected by {stage.map.count} anchors{error}")
             self._save(stage)
             self.directory.drop_training()
             self.progress.stage(stage.name, (config.updates - stage.update) * config.rollouts)
@@ -493,11 +510,14 @@ class _Search:
         evaluation = stage.evaluated[arch.key][1]
         start = time.perf_counter()
         if line is not None and line["architecture"] == arch.key:
-            found, seconds = line["accuracy"], line["training_seconds"]
+            found, final, seconds = line["accuracy"], line["final_accuracy"], line["training_seconds"]
         else:
-            found, _ = self._trained(stage, arch, self.config.anchor_epochs, f"anchor {number + 1} of {stage.name}")
+            purpose, final = f"anchor {number + 1} of {stage.name}", None
+            found, _ = self._trained(stage, arch, self.config.anchor_epochs, purpose)
+            if found is not None and self._is_finished(stage, number):
+                final, _ = self._trained(stage, arch, self.config.final_epochs, f"{purpose}, as a final student")
             seconds = round(time.perf_counter() - start, 4)
-        stage.anchors.append((arch.key, found))
+        stage.anchors.append((arch.key, found, final))
         self.directory.append(
             {
                 "kind": "anchor",
@@ -510,6 +530,7 @@ class _Search:
                 "latency": evaluation.latency,
                 "proxy_accuracy": evaluation.accuracy,
                 "accuracy": found,
+                "final_accuracy": final,
                 "seconds": evaluation.seconds,
                 "training_seconds": seconds,
                 "error": evaluation.error,
@@ -521,28 +542,55 @@ class _Search:
         stage.map = self._map_of(stage)
         if stage.map.count:
             self.directory.append({"kind": "map", "stage": stage.name, "update": stage.update, **asdict(stage.map)})
-            error = "" if stage.map.error is None else f", {100 * stage.map.error:.1f} points off when left out"
-            self.progress.message(f"{stage.name}: accuracies are corrected by {stage.map.count} anchors{error}")
 
-    @staticmethod
-    def _map_of(stage: _Stage) -> ProxyMap:
-        pairs = ((key, stage.evaluated[key][1].accuracy, found) for key, found in stage.anchors if found is not None)
-        return ProxyMap.fit([Anchor(key, proxy, found) for key, proxy, found in pairs if proxy is not None])
+    def _is_finished(self, stage: _Stage, number: int) -> bool:
+        """Whether an anchor gets the final training as well: one in the middle, where accuracies decide."""
+        first = stage.name == STAGES[self.config.stages][0]
+        return first and self.constraints.min_accuracy is not None and number == self.config.anchors // 2
+
+    def _map_of(self, stage: _Stage) -> ProxyMap:
+        proxies = {key: evaluation.accuracy for key, (_, evaluation) in stage.evaluated.items()}
+        anchors = [(key, proxies[key], found) for key, found, _ in stage.anchors if found is not None]
+        fitted = ProxyMap.fit([Anchor(key, proxy, found) for key, proxy, found in anchors if proxy is not None])
+        finished = stage.finished + _finished(stage)
+        if self._is_last(stage.name):
+            known = {key: found for key, _, found in anchors}
+            for key, final, _ in stage.finals:
+                proxy = proxies[key]
+                if proxy is not None:
+                    finished.append((known.get(key) or fitted(proxy)[0], final))
+        return fitted.finishing(finished, self.teacher.accuracy)
 
     def _spread(self, stage: _Stage, number: int) -> Architecture | None:
         """The architecture of one of the first anchors, from a mild to a severe compression; None if none was found."""
         generator = torch.Generator().manual_seed(derived(self.config.seed, stage.name, "anchor", number))
-        severity = (number + 0.5) / self.config.anchors
         for _ in range(SPREAD_TRIES):
-            actions = stage.policy.spread(stage.mask, severity, generator).tolist()
+            actions = stage.policy.spread(stage.mask, self._severity(number), generator).tolist()
             arch = self._architecture(stage, actions)
-            if isinstance(arch, Architecture) and all(arch.key != key for key, _ in stage.anchors):
+            if isinstance(arch, Architecture) and all(arch.key != key for key, *_ in stage.anchors):
                 return arch
         return None
 
+    def _aim(self, stage: _Stage) -> None:
+        """Let the policy begin where the best of the first anchors is, unless it was told where, or was trained."""
+        config, anchors = self.config, stage.anchors[: self.config.anchors]
+        if config.keep_probability is not None or stage.name in self.policies:
+            return
+        ranks = {
+            number: self._judged(stage, *stage.evaluated[key], stage.map.finished(found), 0.0).rank
+            for number, (key, found, _) in enumerate(anchors)
+            if found is not None
+        }
+        if ranks:
+            stage.policy.aim(self._severity(max(ranks, key=ranks.__getitem__)))
+
+    def _severity(self, number: int) -> float:
+        """How severe a compression one of the first anchors is, in (0, 1)."""
+        return (number + 0.5) / self.config.anchors
+
     def _best_unanchored(self, stage: _Stage) -> Architecture | None:
         """The best of the last students that were evaluated, which tell where the policy is."""
-        anchored = {key for key, _ in stage.anchors}
+        anchored = {key for key, *_ in stage.anchors}
         recent = list(stage.evaluated.items())[-2 * self.config.rollouts :]
         found = [self._judge(stage, *pair) for key, pair in recent if key not in anchored]
         best = max((judged for judged in found if judged is not None), key=lambda judged: judged.rank, default=None)
@@ -550,27 +598,35 @@ class _Search:
 
     # The best
 
-    def _train_best(self, stage: _Stage, last: bool) -> None:
-        """Train the best of a stage in full, and keep the best of these; in the first stage there is only one."""
-        config = self.config
+    def _train_best(self, stage: _Stage) -> None:
+        """Train the best of a stage in full, and keep the best of these; in the first stage there is only one.
+
+        What each came to is known when the next is chosen. One whose training diverges is passed over.
+        """
+        config, last = self.config, self._is_last(stage.name)
         epochs, count = (config.final_epochs, config.keep_top) if last else (config.stage_epochs, 1)
-        stage.map = self._map_of(stage)
-        ranked = self._ranked(stage)[:count]
-        for number, judged in enumerate(ranked[len(stage.finals) :], len(stage.finals)):
-            arch = judged.architecture
-            which = f" {number + 1}" if len(ranked) > 1 else ""
+        diverged: set[str] = set()
+        while len(stage.finals) < count and len(diverged) <= MOST_DIVERGED:
+            passed = diverged | {key for key, *_ in stage.finals}
+            arch = next((j.architecture for j in self._ranked(stage) if j.architecture.key not in passed), None)
+            if arch is None:
+                break
+            number = len(stage.finals)
+            which = f" {number + 1}" if count > 1 else ""
             found, student = self._trained(stage, arch, epochs, f"the best{which} of {stage.name}")
             if student is None:
+                diverged.add(arch.key)
                 continue
             line = {"kind": "final", "stage": stage.name, "update": stage.update, "index": number}
             described = {"architecture": arch.key, "params": arch.params, "macs": arch.macs, "accuracy": found}
             self.directory.append({**line, **described})
             stage.finals.append((arch.key, float(found or 0), independent_copy(student).state_dict()))
+            self._fit_map(stage)
             self._save(stage)
             self.directory.drop_training()
         if not stage.finals:
             raise BadInput("the training of the best student diverged; lower --final-learning-rate")
-        finals = [(self._judged(*stage.evaluated[key], found, 0.0), state) for key, found, state in stage.finals]
+        finals = [(self._judged(stage, *stage.evaluated[key], found, 0.0), state) for key, found, state in stage.finals]
         best, state = max(finals, key=lambda pair: pair[0].rank)
         self.trained.append(
             {
@@ -579,6 +635,7 @@ class _Search:
                 "student": state,
                 "policy": stage.policy.state_dict(),
                 "points": json.dumps([asdict(point) for point in self._points(stage)]),
+                "finished": _finished(stage),
             }
         )
         self._save(None)
@@ -602,7 +659,7 @@ class _Search:
 
     def _points(self, stage: _Stage) -> list[Point]:
         """Every evaluated student with the best that is known of its accuracy."""
-        known = {key: found for key, found in stage.anchors if found is not None}
+        known = {key: found if final is None else final for key, found, final in stage.anchors if found is not None}
         known |= {key: found for key, found, _ in stage.finals}
         points = []
         for key, (arch, evaluation) in stage.evaluated.items():
@@ -631,9 +688,9 @@ class _Search:
         for arch, evaluation in parse_json(state["evaluated"]):
             found = stage.space.member(Architecture.from_json(json.dumps(arch)))
             stage.evaluated[found.key] = found, Evaluation.from_record(evaluation, self.config.times)
-        stage.anchors = [(key, found if found is None else checked(found, float)) for key, found in state["anchors"]]
+        stage.anchors = [(key, _optional(found), _optional(final)) for key, found, final in state["anchors"]]
         stage.finals = [(key, checked(found, float), student) for key, found, student in state["finals"]]
-        unknown = {key for key, _ in stage.anchors if key} | {key for key, *_ in stage.finals}
+        unknown = {key for key, *_ in stage.anchors if key} | {key for key, *_ in stage.finals}
         if unknown - stage.evaluated.keys():
             raise ValueError("an anchor or a trained student was never evaluated")
         stage.map = self._map_of(stage)
@@ -674,6 +731,20 @@ def _state_of(stage: _Stage) -> dict[str, Any]:
         "anchors": [list(anchor) for anchor in stage.anchors],
         "finals": [list(final) for final in stage.finals],
     }
+
+
+def _finished(stage: _Stage) -> list[tuple[float, float]]:
+    """Both accuracies of the anchors that got the final training too."""
+    return [(found, final) for _, found, final in stage.anchors if found is not None and final is not None]
+
+
+def _pairs(held: Any) -> list[tuple[float, float]]:
+    """Such accuracies as a checkpoint holds them."""
+    return [(checked(found, float), checked(final, float)) for found, final in held]
+
+
+def _optional(held: Any) -> float | None:
+    return None if held is None else checked(held, float)
 
 
 def _read_policies(path: Path) -> dict[str, Any]:

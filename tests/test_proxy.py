@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from n2n_fast.proxy import MIN_ANCHORS, Anchor, ProxyMap
+from n2n_fast.proxy import MIN_ANCHORS, MIN_REMAINING, Anchor, ProxyMap
 
 ACCURACY = st.floats(0.01, 0.99)
 
@@ -77,3 +77,22 @@ def test_one_anchor_beyond_help_does_not_turn_the_line() -> None:
     assert both(0.85)[0] == pytest.approx(alone(0.85)[0], abs=0.01)
     assert both(0.93)[0] == pytest.approx(alone(0.93)[0], abs=0.03)
     assert both(0.85)[1] > alone(0.85)[1]
+
+
+def test_the_final_training_closes_the_share_of_the_distance_that_it_closed_before() -> None:
+    found = ProxyMap.fit(on_a_line(1.0, 0.5, [-1.0, 0.0, 1.0]))
+    finishing = found.finishing([(logistic(1.0), logistic(2.0))], logistic(3.0))
+    assert finishing.remaining == pytest.approx(0.5)
+    assert finishing(logistic(0.0))[0] == pytest.approx(logistic(3.0 - 0.5 * 2.5))
+    assert finishing(logistic(2.5))[0] == pytest.approx(logistic(3.0))
+    assert finishing(logistic(4.0))[0] == found(logistic(4.0))[0]  # above the teacher nothing is added
+    assert finishing(logistic(0.0))[1] < found(logistic(0.0))[1]
+
+
+def test_what_the_final_training_adds_is_bounded_and_may_be_unknown() -> None:
+    found = ProxyMap.fit(on_a_line(1.0, 0.5, [-1.0, 0.0, 1.0]))
+    assert found.finishing([], 0.9) == found
+    assert found.finishing([(0.9, 0.95)], 0.9) == found  # that anchor was the teacher's equal before
+    assert found.finishing([(0.5, 0.95)], 0.9).remaining == MIN_REMAINING
+    assert found.finishing([(0.5, 0.4)], 0.9).remaining == 1
+    assert ProxyMap().finishing([(0.5, 0.7)], 0.9) == ProxyMap()

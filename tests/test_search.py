@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from n2n_fast import result as result_module
 from n2n_fast.config import SearchConfig
 from n2n_fast.distill import Diverged, seeded
 from n2n_fast.errors import BadInput
+from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy
 from n2n_fast.proxy import ProxyMap
 from n2n_fast.result import load_student
 from n2n_fast.reward import Constraints, Cost, reward
@@ -173,6 +174,56 @@ def test_a_drop_below_the_teacher_is_a_limit(teacher, data, tmp_path):
     assert found.feasible == (found.table["student"]["validation_accuracy"] >= least)
     for rollout in lines(found.out):
         assert rollout["feasible"] == (rollout["accuracy"] >= least)
+
+
+def test_a_limit_on_accuracy_is_judged_by_what_the_final_training_gives(teacher, data, tmp_path):
+    found = compress(teacher, data, replace(TINY, max_drop=5.0), tmp_path / "drop")
+    anchors = lines(found.out, "anchor")
+    finished = [a for a in anchors if a["final_accuracy"] is not None]
+    assert [(a["stage"], a["index"]) for a in finished] == [("removal", TINY.anchors // 2)]
+    teacher_accuracy = found.table["teacher"]["validation_accuracy"]
+    for stage in ("removal", "shrinkage"):
+        held = [line for line in lines(found.out, "map") if line["stage"] == stage][-1]
+        of_stage = {field.name: held[field.name] for field in fields(ProxyMap)}
+        rollouts = [r for r in lines(found.out) if r["stage"] == stage and r["update"] == TINY.updates - 1]
+        if stage == "removal":
+            pairs = [(a["accuracy"], a["final_accuracy"]) for a in finished]
+            assert ProxyMap(**{**of_stage, "remaining": 1.0, "teacher": 0.0}).finishing(pairs, teacher_accuracy) == (
+                ProxyMap(**of_stage)
+            )
+            for r in rollouts:
+                if r["accuracy"] is not None:
+                    assert (r["accuracy"], r["accuracy_error"]) == ProxyMap(**of_stage)(r["proxy_accuracy"])
+
+
+def test_limits_on_costs_are_those_of_the_last_stage(teacher, data, tmp_path):
+    limit = 3000
+    found = compress(teacher, data, replace(PLAIN, max_params=limit), tmp_path / "limit")
+    for r in lines(found.out):
+        if r["params"] is not None:
+            assert r["feasible"] == (r["stage"] == "removal" or r["params"] <= limit)
+    assert any(r["params"] > limit for r in lines(found.out) if r["stage"] == "removal" and r["params"])
+
+
+def test_policies_begin_where_the_best_anchor_is(result, teacher, data, tmp_path):
+    aimed = []
+    for policy in (RemovalPolicy, ShrinkagePolicy):
+        aim = policy.aim
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(policy, "aim", lambda self, severity, aim=aim: (aimed.append(severity), aim(self, severity)))
+            stage = "removal" if policy is RemovalPolicy else "shrinkage"
+            config = replace(TINY, stages=stage, updates=1)
+            found = compress(teacher, data, config, tmp_path / stage)
+            of = found.table["teacher"]
+            rewards = [
+                reward(a["accuracy"], a["params"], of["validation_accuracy"], of["params"])
+                for a in lines(found.out, "anchor")
+            ]
+            assert aimed.pop() == (rewards.index(max(rewards)) + 0.5) / TINY.anchors
+            compress(teacher, data, replace(config, keep_probability=0.8), tmp_path / f"{stage} told")
+            compress(teacher, data, config, tmp_path / f"{stage} begun", policies=result.out / "policies.pt")
+            compress(teacher, data, replace(config, anchors=0), tmp_path / f"{stage} without")
+            assert not aimed
 
 
 def test_policies_start_where_another_run_ended(result, teacher, data, tmp_path):
