@@ -16,10 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torchvision.ops import StochasticDepth
 
 from n2n_fast import trials
-from n2n_fast.tracing import ChannelScale
+from n2n_fast.tracing import ChannelScale, is_dropout
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -36,7 +35,6 @@ ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.PReLU, nn.RReLU),
 )
-DROPOUTS = (nn.modules.dropout._DropoutNd, StochasticDepth)
 
 # What is known without a trial
 POINTWISE = {
@@ -197,7 +195,7 @@ class ChannelLabels:
             return self._norm(node, module, value)
         if isinstance(module, ChannelScale):
             return self._scale(node, module, value)
-        if isinstance(module, (*ACTIVATIONS, *POOLS, *DROPOUTS)):
+        if isinstance(module, (*ACTIVATIONS, *POOLS)) or is_dropout(module):
             self._record(node, value.labels, value.labels)
             return value
         if module._parameters or module._buffers or module._modules:

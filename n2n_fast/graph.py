@@ -15,13 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from n2n_fast.channels import (
     ACTIVATIONS,
     BATCH_NORMS,
     CONVS,
-    DROPOUTS,
     NORMS,
     POOLS,
     TRANSPOSED,
@@ -31,7 +29,7 @@ from n2n_fast.channels import (
     components,
 )
 from n2n_fast.errors import BadInput
-from n2n_fast.tracing import ChannelScale, trace, unused, values_of
+from n2n_fast.tracing import ChannelScale, is_dropout, trace, unused, values_of
 
 KINDS = ("conv", "depthwise", "linear", "norm", "activation", "pool", "reshape", "dropout", "opaque")
 
@@ -151,6 +149,8 @@ class TracedTeacher:
         self._units(labels)
         self._costs(labels)
         if any(self.opaque) or labels.warnings:  # what happens there costs the same in every architecture
+            from torch.utils.flop_counter import FlopCounterMode  # here, since it imports triton
+
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 self.module(example[:1])
             self.direct_macs = counter.get_total_flops() // 2 - self._whole_cost()[1]
@@ -309,7 +309,7 @@ class TracedTeacher:
         module = self.modules[i]
         if self.out_axis[i] < 0:
             return "not understood" if self.opaque[i] else "reshapes"
-        if isinstance(module, DROPOUTS):
+        if is_dropout(module):
             return "removing it changes nothing"
         for node, shapes in calls:
             before, after = shapes[node.all_input_nodes[0]], shapes[node]
@@ -383,12 +383,13 @@ def _width(layer: LayerChannels, call: fx.Node, shapes: dict[fx.Node, tuple[int,
 def _kind(module: nn.Module, opaque: bool) -> str:
     if isinstance(module, (*CONVS, *TRANSPOSED)):
         return "depthwise" if module.groups == module.in_channels > 1 else "conv"
+    if is_dropout(module):
+        return "dropout"
     table: tuple[tuple[tuple[type, ...], str], ...] = (
         ((nn.Linear,), "linear"),
         ((*NORMS, ChannelScale), "norm"),
         (ACTIVATIONS, "activation"),
         (POOLS, "pool"),
-        (DROPOUTS, "dropout"),
     )
     return next((kind for types, kind in table if isinstance(module, types)), "opaque" if opaque else "reshape")
 

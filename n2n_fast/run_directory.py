@@ -27,8 +27,8 @@ class RunDirectory:
     """One run's files. Use as a context: the directory is locked for as long as it lasts.
 
     history.jsonl is the journal: a line for each piece of work, on the disk before the work counts. checkpoint.pt is
-    the state between two updates and how long the journal was then; lines behind it are recovered, and written again
-    when their turn comes.
+    the state between two updates and how long the journal was then; lines behind it are recovered, and stay where they
+    are: a search that goes on comes to the same lines, one after the other.
     """
 
     def __init__(
@@ -48,6 +48,8 @@ class RunDirectory:
         self._stack = contextlib.ExitStack()
         self.checkpoint: dict[str, Any] | None = None
         self.recovered: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._length = 0  # of the journal, as far as this process has come
+        self._ahead = b""  # what was recovered behind that
 
     def __enter__(self) -> "RunDirectory":
         with contextlib.ExitStack() as stack:
@@ -55,7 +57,8 @@ class RunDirectory:
             self._lock(stack)
             self._check_settings()
             self.checkpoint = self.read_tensors("checkpoint.pt")
-            self._history = stack.enter_context((self.path / "history.jsonl").open("ab"))
+            (self.path / "history.jsonl").touch()
+            self._history = stack.enter_context((self.path / "history.jsonl").open("r+b"))
             self._recover()
             self._stack = stack.pop_all()
         return self
@@ -118,31 +121,45 @@ class RunDirectory:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line to history.jsonl; it is on the disk when this returns."""
-        self._history.write(json.dumps(line).encode() + b"\n")
-        self._history.flush()
-        os.fsync(self._history.fileno())
+        text = json.dumps(line).encode() + b"\n"
+        if self._ahead.startswith(text):  # recovered
+            self._ahead = self._ahead[len(text) :]
+        else:
+            self._history.truncate(self._length)
+            self._ahead = b""
+            self._history.seek(self._length)
+            self._history.write(text)
+            self._history.flush()
+            os.fsync(self._history.fileno())
+        self._length += len(text)
 
     def _recover(self) -> None:
-        """Take what the journal holds behind the checkpoint out of it, whole lines only."""
+        """Learn what the journal holds behind the checkpoint; from a torn line on it is cut off."""
         length = 0 if self.checkpoint is None else self.checkpoint.get("history")
         if type(length) is not int or length < 0:
             raise BadInput(f"{self.path / 'checkpoint.pt'}: not written by n2n-fast run")
         text = (self.path / "history.jsonl").read_bytes()
         if len(text) < length:
             raise BadInput(f"{self.path}: history.jsonl is shorter than when checkpoint.pt was written; it was changed")
+        self._length, whole = length, length
         for line in text[length:].splitlines(keepends=True):
-            with contextlib.suppress(ValueError):
+            try:
                 found = parse_json(line)
-                if line.endswith(b"\n") and is_whole(found):
-                    self.recovered[found["kind"], found["stage"], found["update"], found["index"]] = found
-        self._history.truncate(length)
-        self._history.seek(length)
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            if is_whole(found):
+                self.recovered[found["kind"], found["stage"], found["update"], found["index"]] = found
+            whole += len(line)
+        self._ahead = text[length:whole]
+        self._history.truncate(whole)
 
     # Files written whole
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace checkpoint.pt by `state`, of tensors, numbers, strings, lists and dictionaries."""
-        self.write_tensors("checkpoint.pt", {**state, "history": self._history.tell()})
+        self.write_tensors("checkpoint.pt", {**state, "history": self._length})
 
     def write(self, name: str, content: bytes) -> None:
         """Replace a file whole: whatever happens, it is as it was before or as it should be."""

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
-from torchvision.ops import StochasticDepth, stochastic_depth
 
 from n2n_fast.errors import BadInput, first_line
 
+STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth"  # known by name: importing torchvision takes as long as torch
 OUT_OF_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -37,6 +37,12 @@ class ChannelScale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, ...), with the channels where the scale has them."""
         return x * self.weight.view(self.view)
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Whether a module drops out in training and does nothing in evaluation."""
+    named = any(kind.__module__ == STOCHASTIC_DEPTH for kind in type(module).__mro__)
+    return named or isinstance(module, nn.modules.dropout._DropoutNd)
 
 
 class ChannelShift(ChannelScale):
@@ -227,7 +233,9 @@ def _make_dropouts_modules(traced: fx.GraphModule) -> None:
             name = f"functional_{node.name}"
             traced.add_submodule(name, kinds[node.target](probability).eval())
             node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
-        if node.op == "call_function" and node.target is stochastic_depth:
+        if node.op == "call_function" and getattr(node.target, "__module__", None) == STOCHASTIC_DEPTH:
+            from torchvision.ops import StochasticDepth
+
             given, probability, mode = (*node.args, *node.kwargs.values())[:3]
             name = f"functional_{node.name}"
             traced.add_submodule(name, StochasticDepth(float(probability), str(mode)).eval())

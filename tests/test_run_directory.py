@@ -33,14 +33,37 @@ def write_run(path, lines=2):
             run.append(line)
 
 
-def test_lines_behind_the_checkpoint_are_recovered_and_taken_out(tmp_path):
-    write_run(tmp_path / "run")
-    with begun(tmp_path / "run", resume=True) as run:
-        assert int(run.checkpoint["step"]) == 2
-        assert list(run.recovered.values()) == LINES[2:]
+def journal(path):
+    return [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
+
+
+def test_lines_behind_the_checkpoint_are_recovered_and_stay(tmp_path):
+    path = tmp_path / "run"
+    write_run(path)
+    for _ in range(2):  # killed before it came to them: they are there the next time too
+        with begun(path, resume=True) as run:
+            assert int(run.checkpoint["step"]) == 2
+            assert list(run.recovered.values()) == LINES[2:]
+        assert journal(path) == LINES
+    with begun(path, resume=True) as run:
         run.append(LINES[2])
-    held = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in held] == LINES[:3]
+        run.save({"step": torch.tensor(3)})
+    with begun(path, resume=True) as run:
+        assert list(run.recovered.values()) == LINES[3:]
+        run.append(LINES[3])
+        run.append({**LINES[3], "index": 4})
+    assert journal(path) == [*LINES, {**LINES[3], "index": 4}]
+
+
+def test_a_line_that_differs_from_the_recovered_one_takes_its_place(tmp_path):
+    path = tmp_path / "run"
+    write_run(path)
+    other = {**LINES[2], "accuracy": 0.7}
+    with begun(path, resume=True) as run:
+        run.append(other)
+        assert journal(path) == [*LINES[:2], other]
+        run.append(LINES[3])
+    assert journal(path) == [*LINES[:2], other, LINES[3]]
 
 
 @pytest.mark.parametrize("torn", range(1, 30, 7))

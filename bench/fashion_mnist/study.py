@@ -8,8 +8,9 @@ T-teacher            train it; B's weights are kept in results/, A's in WORK
 T-proxy-N            student N of 30 drawn over the whole range (removals and widths): its accuracy after 0, 20 and 50
                      steps, and after 1 and 10 epochs of distillation
 T-anchor-N           the same of 6 more, to which the map of accuracies is fitted
-T-search-SEED        the search as it is, whose best student is trained fully
+T-search-SEED        the search as it is for a student 50 (A) or 10 (B) times smaller, which is trained fully
 T-chance-SEED        the same search with policies that never learn
+T-smaller-SEED       as T-search-SEED, divided by 16 (B alone)
 T-paper-SEED         the paper's protocol for as long as T-search-SEED took
 T-pruned-SEED        one-shot uniform L1 pruning (Torch-Pruning) to the params of T-search-SEED's student, trained alike
 T-dense-SEED         the teacher's own net, uniformly narrower, with at least as many params, trained alike from scratch
@@ -40,6 +41,7 @@ WORK = Path("build") / "fashion_mnist"  # what is too large to keep
 STUDENTS, ANCHORS = 30, 6
 SEEDS = (0, 1, 2)
 CPU = torch.device("cpu")
+SMALLER = {"search": {"A": 50, "B": 10}, "smaller": {"B": 16}}  # the fewest times that a search is asked for
 TEACHERS = {
     "A": {"arch": "resnet18", "channels": 3, "image_size": 32, "epochs": 8.0},
     "B": {"arch": "resnet32", "channels": 1, "image_size": 28, "epochs": 8.0},
@@ -132,11 +134,12 @@ def proxy(directory, name, number):
 # Searches
 
 
-def searched(directory, name, seed, piece, progress=None, **settings):
+def searched(directory, name, seed, piece, progress=None, asked="search", **settings):
     """Run a search in WORK, going on with one that was cut off, and keep its result and history."""
     found, model = images(directory, name, seed), trained_teacher(directory, name)
     out = WORK / piece
-    config = SearchConfig(**{**BUDGETS[name], **settings, "seed": seed})
+    most = sum(p.numel() for p in model.parameters()) // SMALLER[asked][name]
+    config = SearchConfig(**{**BUDGETS[name], "max_params": most, **settings, "seed": seed})
     start = time.perf_counter()
     try:
         result = n2n_fast.compress(model, found, config, out, progress, resume=(out / "config.json").exists())
@@ -165,6 +168,10 @@ def search(directory, name, seed):
     return searched(directory, name, seed, f"{name}-search-{seed}")
 
 
+def smaller(directory, name, seed):
+    return searched(directory, name, seed, f"{name}-smaller-{seed}", asked="smaller")
+
+
 def chance(directory, name, seed):
     never = {"removal_learning_rate": 0.0, "shrinkage_learning_rate": 0.0}
     return searched(directory, name, seed, f"{name}-chance-{seed}", **never)
@@ -172,7 +179,7 @@ def chance(directory, name, seed):
 
 def paper(directory, name, seed):
     seconds = need(f"{name}-search-{seed}")["seconds"]
-    plain = {**PAPER, "stages": "shrinkage", "updates": 10**6}
+    plain = {**PAPER, "updates": 10**6, "stages": "shrinkage", "max_params": None}
     return searched(directory, name, seed, f"{name}-paper-{seed}", UntilLate(seconds), **plain)
 
 
@@ -246,6 +253,8 @@ def pieces():
         for name in ("B", "A"):
             for kind, make in kinds.items():
                 yield f"{name}-{kind}-{seed}", make, (name, seed)
+            if name in SMALLER["smaller"]:
+                yield f"{name}-smaller-{seed}", smaller, (name, seed)
         for name in ("B", "A"):
             for number in range(ANCHORS if seed == SEEDS[0] else 0):
                 yield f"{name}-anchor-{number}", proxy, (name, STUDENTS + number)
