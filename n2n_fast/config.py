@@ -37,8 +37,8 @@ class SearchConfig:
     round_to: int = 1  # shrunk widths are multiples of this many channels
     leaf: tuple[str, ...] = ()  # submodules of the teacher that are each one opaque layer
     ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of stage 2, ending with 1
-    keep_probability: float | None = None  # that untrained policies keep a layer, or a kernel's size; None: as the
-    # best of the first anchors has it, 0.8 without anchors
+    keep_probability: float | None = None  # that untrained policies keep a layer, or a kernel's size; None: they
+    # begin by imitating the best of the first anchors, 0.8 without anchors
     hidden: int = 30  # units of each LSTM layer
     lstm_layers: int = 2
     removal_learning_rate: float = 0.02  # Adam's, stage 1; 0: the policy stays as it is, a random search

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 KEEP_PROBABILITY = 0.8  # of untrained policies, where nothing tells more
 MOST_REMOVED = 0.7  # share of the layers, at severity 1
 MOST_CROPPED = 0.5  # share of the kernels, at severity 1
-BREADTH = 0.25  # deviation of the widths that an aimed policy draws, as a share of the ratios
+IMITATION_RATE = 0.02  # Adam's
+IMITATION_STEPS = 200  # at most
 
 
 class RemovalPolicy(nn.Module):
@@ -22,6 +23,8 @@ class RemovalPolicy(nn.Module):
 
     keep_probability: of every layer before any training.
     """
+
+    likeness = 0.7  # of its actions to those that it imitates
 
     def __init__(
         self, features: int, hidden: int = 30, layers: int = 2, keep_probability: float = KEEP_PROBABILITY
@@ -31,10 +34,6 @@ class RemovalPolicy(nn.Module):
         self.lstm = nn.LSTM(features, hidden, layers, bidirectional=True, batch_first=True)
         self.head = nn.Linear(2 * hidden, 1)
         nn.init.constant_(self.head.bias, torch.logit(torch.tensor(keep_probability)).item())
-
-    def aim(self, severity: float) -> None:
-        """Let the untrained policy draw about as `spread` does."""
-        nn.init.constant_(self.head.bias, torch.logit(torch.tensor(1 - MOST_REMOVED * severity)).item())
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (layers, features) -> logit of keeping each layer, (layers,)."""
@@ -75,6 +74,8 @@ class ShrinkagePolicy(nn.Module):
     keep_probability: of every kernel's size before any training; the widths' ratios are all about as likely.
     """
 
+    likeness = 0.3  # of its actions to those that it imitates
+
     def __init__(
         self,
         features: int,
@@ -88,20 +89,8 @@ class ShrinkagePolicy(nn.Module):
         self.ratios = ratios
         self.lstm = nn.LSTM(features + 2 * ratios, hidden, layers, batch_first=True)
         self.head = nn.Linear(hidden, 2 * ratios)
-        self._keep_kernels(keep_probability)
-
-    @torch.no_grad()
-    def aim(self, severity: float) -> None:
-        """Let the untrained policy draw about as `spread` does, of widths more broadly."""
-        last = self.ratios - 1
-        distance = (torch.arange(self.ratios) - (1 - severity) * last) / max(1e-6, BREADTH * last)
-        self.head.bias[: self.ratios] = -(distance**2) / 2
-        self._keep_kernels(1 - MOST_CROPPED * severity)
-
-    @torch.no_grad()
-    def _keep_kernels(self, probability: float) -> None:
-        """Most ratios make a 3x3 kernel 1x1, which few layers bear: that alone would make it likely."""
-        self.head.bias[-1] = torch.logit(torch.tensor(probability)) + math.log(max(1, self.ratios - 1))
+        with torch.no_grad():  # most ratios make a 3x3 kernel 1x1, which few layers bear
+            self.head.bias[-1] = torch.logit(torch.tensor(keep_probability)) + math.log(max(1, ratios - 1))
 
     def forward(self, x: Tensor, previous: Tensor) -> Tensor:
         """Log-probabilities (count, layers, 2, ratios); x: (layers, features), previous actions: (count, layers, 2)."""
@@ -164,6 +153,22 @@ class ShrinkagePolicy(nn.Module):
         previous = torch.cat([torch.full_like(actions[:, :1], self.ratios - 1), actions[:, :-1]], 1)
         found: Tensor = self(x, previous)
         return found
+
+
+def imitate(policy: RemovalPolicy | ShrinkagePolicy, x: Tensor, mask: Tensor, actions: Tensor) -> None:
+    """Train a policy until it draws each of these actions with the policy's `likeness`, in the geometric mean.
+
+    x: (layers, features); mask, actions: of one student, as `log_prob` takes them for many.
+    """
+    free = max(1, int(mask.sum()))
+    optimizer = torch.optim.Adam(policy.parameters(), IMITATION_RATE)
+    for _ in range(IMITATION_STEPS):
+        likelihood = policy.log_prob(x, mask, actions[None]).sum() / free
+        if likelihood.item() >= math.log(policy.likeness):
+            return
+        optimizer.zero_grad()
+        (-likelihood).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
 
 
 class _Cell:

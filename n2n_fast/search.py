@@ -31,7 +31,7 @@ from n2n_fast.evaluation import (
 )
 from n2n_fast.graph import Architecture
 from n2n_fast.pareto import Point
-from n2n_fast.policies import KEEP_PROBABILITY, RemovalPolicy, ShrinkagePolicy
+from n2n_fast.policies import KEEP_PROBABILITY, RemovalPolicy, ShrinkagePolicy, imitate
 from n2n_fast.proxy import Anchor, ProxyMap
 from n2n_fast.reading import parse_json, understood
 from n2n_fast.result import Chosen, Result, finish
@@ -326,7 +326,7 @@ class _Search:
         while stage.update < config.updates:
             self._train_anchors(stage)
             if stage.update == 0:
-                self._aim(stage)
+                self._begin_at_the_best_anchor(stage, features)
             actions = policy.sample(features, stage.mask, config.rollouts, stage.generator)
             rewards = []
             for rollout in self._evaluate(stage, actions):
@@ -490,7 +490,8 @@ class _Search:
         due = config.anchors + later
         while len(stage.anchors) < due:
             number = len(stage.anchors)
-            arch = self._spread(stage, number) if number < config.anchors else self._best_unanchored(stage)
+            found = self._spread(stage, number) if number < config.anchors else None
+            arch = found[1] if found else self._best_unanchored(stage) if number >= config.anchors else None
             if arch is None:
                 stage.anchors.append(("", None, None))
                 continue
@@ -561,32 +562,30 @@ class _Search:
                     finished.append((known.get(key) or fitted(proxy)[0], final))
         return fitted.finishing(finished, self.teacher.accuracy)
 
-    def _spread(self, stage: _Stage, number: int) -> Architecture | None:
-        """The architecture of one of the first anchors, from a mild to a severe compression; None if none was found."""
+    def _spread(self, stage: _Stage, number: int) -> tuple[Tensor, Architecture] | None:
+        """Actions and architecture of one of the first anchors, from mild to severe; None if none was found."""
+        severity = (number + 0.5) / self.config.anchors
+        others = {key for key, *_ in stage.anchors[:number]}
         generator = torch.Generator().manual_seed(derived(self.config.seed, stage.name, "anchor", number))
         for _ in range(SPREAD_TRIES):
-            actions = stage.policy.spread(stage.mask, self._severity(number), generator).tolist()
-            arch = self._architecture(stage, actions)
-            if isinstance(arch, Architecture) and all(arch.key != key for key, *_ in stage.anchors):
-                return arch
+            actions = stage.policy.spread(stage.mask, severity, generator)
+            arch = self._architecture(stage, actions.tolist())
+            if isinstance(arch, Architecture) and arch.key not in others:
+                return actions, arch
         return None
 
-    def _aim(self, stage: _Stage) -> None:
-        """Let the policy begin where the best of the first anchors is, unless it was told where, or was trained."""
-        config, anchors = self.config, stage.anchors[: self.config.anchors]
-        if config.keep_probability is not None or stage.name in self.policies:
+    def _begin_at_the_best_anchor(self, stage: _Stage, features: Tensor) -> None:
+        """Let the policy imitate the best of the first anchors, unless it was told how to begin, or was trained."""
+        if self.config.keep_probability is not None or stage.name in self.policies:
             return
         ranks = {
             number: self._judged(stage, *stage.evaluated[key], stage.map.finished(found), 0.0).rank
-            for number, (key, found, _) in enumerate(anchors)
+            for number, (key, found, _) in enumerate(stage.anchors[: self.config.anchors])
             if found is not None
         }
-        if ranks:
-            stage.policy.aim(self._severity(max(ranks, key=ranks.__getitem__)))
-
-    def _severity(self, number: int) -> float:
-        """How severe a compression one of the first anchors is, in (0, 1)."""
-        return (number + 0.5) / self.config.anchors
+        best = self._spread(stage, max(ranks, key=ranks.__getitem__)) if ranks else None
+        if best is not None:
+            imitate(stage.policy, features, stage.mask, best[0])
 
     def _best_unanchored(self, stage: _Stage) -> Architecture | None:
         """The best of the last students that were evaluated, which tell where the policy is."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy
+from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy, imitate
 
 Policy = RemovalPolicy | ShrinkagePolicy
 FEATURES, LAYERS, RATIOS = 5, 6, 4
@@ -89,23 +89,19 @@ def test_removal_starts_at_its_keep_probability() -> None:
     assert policy(sequence()).sigmoid().mean().item() == pytest.approx(0.9, abs=0.05)
 
 
-@pytest.mark.parametrize("severity", [0.1, 0.5, 0.9])
-def test_an_aimed_policy_draws_about_as_the_spread_does(severity: float) -> None:
-    layers, ratios = 200, 10
-    x, generator = torch.zeros(layers, FEATURES), torch.Generator().manual_seed(0)
-    for kind in KINDS:
-        policy, mask = make(kind, ratios=ratios), all_true(kind, layers)
-        policy.aim(severity)
-        drawn = sample(policy, x, mask, 20)
-        spread = torch.stack([policy.spread(mask, severity, generator) for _ in range(20)])
-        if kind == "removal":
-            assert drawn.double().mean().item() == pytest.approx(spread.double().mean().item(), abs=0.05)
-        else:
-            top = ratios - 1
-            widths, kernels = ([a[..., i].double() for a in (drawn, spread)] for i in (0, 1))
-            assert widths[0].mean().item() == pytest.approx(widths[1].mean().item(), abs=0.15 * top)
-            kept = [(k == top).double().mean().item() for k in kernels]
-            assert kept[0] == pytest.approx(kept[1], abs=0.05)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_policy_that_imitates_draws_mostly_what_it_was_shown(kind: str) -> None:
+    policy, x, mask = make(kind), sequence(), mask_of(kind, [True, True, False, True, True, True])
+    shown = policy.spread(mask, 0.7, torch.Generator().manual_seed(3))
+    before = (sample(policy, x, mask, 400) == shown)[:, mask].double().mean().item()
+    imitate(policy, x, mask, shown)
+    drawn = sample(policy, x, mask, 400)
+    after = (drawn == shown)[:, mask].double().mean().item()
+    assert after > before
+    assert after == pytest.approx(policy.likeness, abs=0.15)
+    assert (drawn != shown).any()
+    imitate(policy, x, torch.zeros_like(mask), shown)  # nothing to choose: nothing to learn
+    assert torch.equal(sample(policy, x, mask, 400), drawn)
 
 
 def test_removal_log_prob_is_the_product_of_the_layers_probabilities() -> None:

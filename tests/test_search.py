@@ -13,7 +13,7 @@ from n2n_fast import result as result_module
 from n2n_fast.config import SearchConfig
 from n2n_fast.distill import Diverged, seeded
 from n2n_fast.errors import BadInput
-from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy
+from n2n_fast.policies import imitate
 from n2n_fast.proxy import ProxyMap
 from n2n_fast.result import load_student
 from n2n_fast.reward import Constraints, Cost, reward
@@ -205,25 +205,30 @@ def test_limits_on_costs_are_those_of_the_last_stage(teacher, data, tmp_path):
     assert any(r["params"] > limit for r in lines(found.out) if r["stage"] == "removal" and r["params"])
 
 
-def test_policies_begin_where_the_best_anchor_is(result, teacher, data, tmp_path):
-    aimed = []
-    for policy in (RemovalPolicy, ShrinkagePolicy):
-        aim = policy.aim
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(policy, "aim", lambda self, severity, aim=aim: (aimed.append(severity), aim(self, severity)))
-            stage = "removal" if policy is RemovalPolicy else "shrinkage"
-            config = replace(TINY, stages=stage, updates=1)
-            found = compress(teacher, data, config, tmp_path / stage)
-            of = found.table["teacher"]
-            rewards = [
-                reward(a["accuracy"], a["params"], of["validation_accuracy"], of["params"])
-                for a in lines(found.out, "anchor")
-            ]
-            assert aimed.pop() == (rewards.index(max(rewards)) + 0.5) / TINY.anchors
-            compress(teacher, data, replace(config, keep_probability=0.8), tmp_path / f"{stage} told")
-            compress(teacher, data, config, tmp_path / f"{stage} begun", policies=result.out / "policies.pt")
-            compress(teacher, data, replace(config, anchors=0), tmp_path / f"{stage} without")
-            assert not aimed
+def test_policies_begin_by_imitating_the_best_anchor(result, teacher, data, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(search, "imitate", lambda *of: (shown.append(of), imitate(*of)))
+    for stage in ("removal", "shrinkage"):
+        config = replace(TINY, stages=stage, updates=1)
+        found = compress(teacher, data, config, tmp_path / stage)
+        ((_, _, _, actions),) = shown
+        shown.clear()
+        of = found.table["teacher"]
+        best = max(
+            lines(found.out, "anchor"),
+            key=lambda a: reward(a["accuracy"], a["params"], of["validation_accuracy"], of["params"]),
+        )
+        space = ArchitectureSpace(teacher, data.train.batch(torch.arange(2))[0])
+        if stage == "removal":
+            arch = space.remove(space.teacher, [action == 1 for action in actions.tolist()])
+        else:
+            ratios = [[config.ratios[i] for i in row] for row in actions.T.tolist()]
+            arch = space.shrink(space.teacher, *ratios)
+        assert arch.params == best["params"]
+        compress(teacher, data, replace(config, keep_probability=0.8), tmp_path / f"{stage} told")
+        compress(teacher, data, config, tmp_path / f"{stage} begun", policies=result.out / "policies.pt")
+        compress(teacher, data, replace(config, anchors=0), tmp_path / f"{stage} without")
+        assert not shown
 
 
 def test_policies_start_where_another_run_ended(result, teacher, data, tmp_path):
