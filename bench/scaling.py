@@ -25,7 +25,7 @@ from n2n_fast.workers import RayEngine, Workers
 
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "scaling.json"
-HISTORY = HERE / "fashion_mnist" / "results" / "B-search-0" / "history.jsonl"
+HISTORY = HERE / "fashion_mnist" / "results" / "B-free-0" / "history.jsonl"
 ROLLOUTS = 40
 WORKERS = (8, 64, 512)
 PER_UPDATE = (5, 16, 64, 256, 1024)

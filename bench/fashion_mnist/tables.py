@@ -65,7 +65,7 @@ def search_table(name):
     if found is None:
         return
     print(f"\n{name}: teacher {found['params']:,} params, test {found['test']:.2%}")
-    for kind in ("search", "chance", "pruned", "dense", "paper", "smaller"):
+    for kind in ("free", "search", "chance", "pruned", "dense", "paper", "smaller"):
         for seed in SEEDS:
             piece = there(f"{name}-{kind}-{seed}")
             if piece is None:
