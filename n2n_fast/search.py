@@ -540,8 +540,8 @@ class _Search:
 
     def _fit_map(self, stage: _Stage) -> None:
         """Fit the map anew; rewards given before stay as they are."""
-        stage.map = self._map_of(stage)
-        if stage.map.count:
+        before, stage.map = stage.map, self._map_of(stage)
+        if stage.map != before:
             self.directory.append({"kind": "map", "stage": stage.name, "update": stage.update, **asdict(stage.map)})
 
     def _is_finished(self, stage: _Stage, number: int) -> bool:

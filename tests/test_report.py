@@ -62,8 +62,12 @@ def test_the_points_of_the_history_give_the_front_that_the_search_wrote(tiny_run
 
 def test_maps_stand_where_they_were_fitted(tiny_run):
     for stage in read_record(tiny_run).stages:
-        assert [done for done, _ in stage.maps] == [0, 0, 3]  # after anchors 3 and 4, and the one of update 1
-        assert [fitted.count for _, fitted in stage.maps] == [3, 4, 5]
+        by_anchors, by_finals = stage.maps[:3], stage.maps[3:]
+        assert [done for done, _ in by_anchors] == [0, 0, 3]  # after anchors 3 and 4, and the one of update 1
+        assert [fitted.count for _, fitted in by_anchors] == [3, 4, 5]
+        assert all(fitted.remaining == 1 for _, fitted in by_anchors)
+        assert all(done == 6 for done, _ in by_finals)
+        assert stage.name == "shrinkage" or not by_finals
         assert stage.map.error is not None
 
 
