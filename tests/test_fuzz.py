@@ -62,6 +62,7 @@ LINES = st.fixed_dictionaries(
         "accuracy": NUMBERS,
         "latency": NUMBERS,
         "seconds": st.dictionaries(st.text(), st.floats(0, 9)),
+        "final_accuracy": NUMBERS,
         "training_seconds": st.floats(0, 9),
         "error": st.none(),
     }
@@ -69,12 +70,16 @@ LINES = st.fixed_dictionaries(
 
 
 def recovered(path, content):
-    """What a run takes from a journal of this content; the journal is empty afterwards."""
+    """What a run takes from a journal of this content, of which whole lines alone stay."""
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text("{}")
     (path / "history.jsonl").write_bytes(content)
     with RunDirectory(path, {}, resume=True) as directory:
-        assert (path / "history.jsonl").read_bytes() == b""
+        held = (path / "history.jsonl").read_bytes()
+        assert content.startswith(held)
+        for line in held.splitlines(keepends=True):
+            assert line.endswith(b"\n")
+            json.loads(line)
         return directory.recovered
 
 
