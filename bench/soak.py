@@ -61,7 +61,10 @@ if __name__ == "__main__":
         n2n_fast.compress(model, data, config, Path(place) / "run", watch)
     steady = [row["rss_mb"] for row in watch.rows if row["rollouts"] >= WARM_UP]
     middle = statistics.median(steady)
-    growth = {"of_memory": steady[-1] / steady[0] - 1, "farthest_from_median": max(abs(mb / middle - 1) for mb in steady)}
+    growth = {
+        "of_memory": steady[-1] / steady[0] - 1,
+        "farthest_from_median": max(abs(mb / middle - 1) for mb in steady),
+    }
     growth |= {f"of_{key}": watch.rows[-1][key] - watch.rows[1][key] for key in ("files", "threads")}
     OUT.write_text(json.dumps({"growth": growth, "rows": watch.rows}, indent=1) + "\n")
     print(growth)

@@ -54,7 +54,7 @@ def searches(small, large, data, stage, seed):
 
 
 def summary(table):
-    """By stage and beginning: mean reward of the first and of the last students, and the best; seeds' mean and error."""
+    """By stage and beginning, over seeds: the mean reward of the first and of the last students, and the best."""
     for stage in ("removal", "shrinkage"):
         for beginning in BEGINNINGS:
             runs = [found for key, found in table.items() if key.startswith(f"{stage} / {beginning} / ")]
