@@ -57,7 +57,7 @@ SHORT = {
     "final_epochs": 8.0,
     "keep_top": 1,
 }
-BUDGETS = {"A": SHORT, "B": {**SHORT, "rollout_steps": 10}}
+BUDGETS = {"A": SHORT, "B": {**SHORT, "updates": 20, "rollout_steps": 10, "final_epochs": 12.0}}
 
 
 def images(directory, name, seed=0):
