@@ -151,8 +151,8 @@ def _decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def mixed_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Autocast to bfloat16 where the hardware multiplies it natively, else no autocast.
 
-    The hardware decides, never a timing, so that runs repeat. A CPU needs AMX: without it bfloat16 convolutions are
-    emulated, several times slower than float32.
+    The hardware decides, never a timing, so that runs repeat. A CPU needs AMX: with AVX512_BF16 alone narrow students
+    gain nothing and depthwise convolutions lose (bench/README.md), and with neither bfloat16 is emulated.
     """
     if device.type == "cuda":
         enabled = torch.cuda.get_device_capability(device) >= (8, 0)
