@@ -40,10 +40,14 @@ class Constraints:
     max_latency: float | None = None
     min_accuracy: float | None = None
 
+    def on(self, objective: str) -> float | None:
+        """The limit on what an objective counts."""
+        return {"params": self.max_params, "macs": self.max_macs, "latency": self.max_latency}[objective]
+
     def gaps(self, cost: Cost, accuracy: float) -> dict[str, float]:
         """How far each limit that is not met is away, relative to it; empty where all are met."""
-        limits = {"params": self.max_params, "macs": self.max_macs, "latency": self.max_latency}
-        over = {name: cost.of(name) / limit - 1 for name, limit in limits.items() if limit is not None}
+        limits = {name: limit for name in OBJECTIVES if (limit := self.on(name)) is not None}
+        over = {name: cost.of(name) / limit - 1 for name, limit in limits.items()}
         if self.min_accuracy:
             over["accuracy"] = 1 - accuracy / self.min_accuracy
         return {name: gap for name, gap in over.items() if gap > 0}

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,6 +97,7 @@ class _Stage:
     policy: RemovalPolicy | ShrinkagePolicy
     mask: Tensor
     limits: Constraints
+    enough: float  # what costs less, in terms of the objective, is not rewarded for it
     architecture_of: Callable[[list[Any]], Architecture]
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
@@ -306,6 +308,7 @@ class _Search:
             else torch.tensor(space.choices(space.teacher)).T,
             # what a stage leaves too large, the next one shrinks
             limits=self.constraints if self._is_last(name) else self.constraints.of_accuracy,
+            enough=self._enough(name),
             architecture_of=_remove(space) if removes else _shrink(space, config.ratios),
             optimizer=torch.optim.Adam(policy.parameters(), rate),
             generator=torch.Generator().manual_seed(derived(config.seed, name, "actions")),
@@ -314,6 +317,17 @@ class _Search:
 
     def _is_last(self, stage: str) -> bool:
         return stage == STAGES[self.config.stages][-1]
+
+    def _enough(self, stage: str) -> float:
+        """The limit on what the objective counts; half of the way to it, as a factor, where another stage follows.
+
+        Without this the first stage removes all that the limit asks for, and accuracy is given away for a compression
+        that nobody asked for.
+        """
+        limit, whole = self.constraints.on(self.config.objective), self.teacher.cost.of(self.config.objective)
+        if limit is None or limit >= whole:
+            return 0.0
+        return limit if self._is_last(stage) else math.sqrt(limit * whole)
 
     # One stage
 
@@ -476,7 +490,8 @@ class _Search:
         if self.reward is not None:
             value = float(self.reward(accuracy, cost))
         else:
-            value = reward(accuracy, cost.of(objective), teacher.accuracy, teacher.cost.of(objective))
+            counted = max(cost.of(objective), stage.enough)
+            value = reward(accuracy, counted, teacher.accuracy, teacher.cost.of(objective))
         return _Judged(arch, cost, accuracy, error, value, stage.limits.violation(cost, accuracy))
 
     # Anchors

@@ -205,6 +205,22 @@ def test_limits_on_costs_are_those_of_the_last_stage(teacher, data, tmp_path):
     assert any(r["params"] > limit for r in lines(found.out) if r["stage"] == "removal" and r["params"])
 
 
+@pytest.mark.parametrize("objective", ["params", "macs"])
+def test_more_compression_than_the_limit_asks_for_is_not_rewarded(objective, teacher, data, tmp_path):
+    space = ArchitectureSpace(teacher, data.train.batch(torch.arange(2))[0])
+    whole = Cost(space.teacher.params, space.teacher.macs).of(objective)
+    limit = int(0.6 * whole)
+    config = replace(PLAIN, objective=objective, updates=4, **{f"max_{objective}": limit})
+    found = compress(teacher, data, config, tmp_path / "enough")
+    accuracy, met = found.table["teacher"]["validation_accuracy"], {"removal": 0, "shrinkage": 0}
+    for r in lines(found.out):
+        enough = limit if r["stage"] == "shrinkage" else (limit * whole) ** 0.5
+        if r["accuracy"] is not None and r["feasible"]:
+            met[r["stage"]] += r[objective] < enough
+            assert r["reward"] == pytest.approx(reward(r["accuracy"], max(r[objective], enough), accuracy, whole))
+    assert all(met.values())
+
+
 def test_policies_begin_by_imitating_the_best_anchor(result, teacher, data, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(search, "imitate", lambda *of: (shown.append(of), imitate(*of)))
