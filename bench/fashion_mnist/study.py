@@ -10,7 +10,9 @@ T-proxy-N            student N of 30 drawn over the whole range (removals and wi
 T-anchor-N           the same of 6 more, to which the map of accuracies is fitted
 T-search-SEED        the search as it is for a student 50 (A) or 10 (B) times smaller, which is trained fully
 T-chance-SEED        the same search with policies that never learn
-T-free-0             an earlier search without a limit, its policies not begun at an anchor; kept, not run again
+B-free-0             an earlier search without a limit, its policies not begun at an anchor; kept, not run again, as its
+                     teacher of 8 epochs was not
+B-uncapped-0         T-search-0 when more compression than the limit asks for was still rewarded; kept, not run again
 T-smaller-SEED       as T-search-SEED, divided by 16 (B alone)
 T-paper-SEED         the paper's protocol for as long as T-search-SEED took
 T-pruned-SEED        one-shot uniform L1 pruning (Torch-Pruning) to the params of T-search-SEED's student, trained alike
