@@ -36,7 +36,7 @@ from n2n_fast.policies import KEEP_PROBABILITY, RemovalPolicy, ShrinkagePolicy, 
 from n2n_fast.proxy import Anchor, ProxyMap
 from n2n_fast.reading import parse_json, understood
 from n2n_fast.result import Chosen, Result, finish
-from n2n_fast.reward import DEGENERATE, Constraints, Cost, reward
+from n2n_fast.reward import DEGENERATE, OBJECTIVES, Constraints, Cost, reward
 from n2n_fast.run_directory import Interrupted, RunDirectory, read_state
 from n2n_fast.seeds import derived
 from n2n_fast.space import ArchitectureSpace
@@ -45,6 +45,7 @@ from n2n_fast.student import independent_copy
 from n2n_fast.workers import Engine, Job, Workers, engine
 
 SPREAD_TRIES = 20  # at an anchor that is not degenerate
+HALVINGS = 10  # of the range of severities, to find the mildest within a limit
 MOST_DIVERGED = 3  # full trainings, after which others are not tried either
 
 RewardFunction = Callable[[float, Cost], float]  # of the validation accuracy and of what the student costs
@@ -97,7 +98,7 @@ class _Stage:
     policy: RemovalPolicy | ShrinkagePolicy
     mask: Tensor
     limits: Constraints
-    enough: float  # what costs less, in terms of the objective, is not rewarded for it
+    enough: dict[str, float]  # by objective, for those that are limited: less than this is not rewarded
     architecture_of: Callable[[list[Any]], Architecture]
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
@@ -318,16 +319,18 @@ class _Search:
     def _is_last(self, stage: str) -> bool:
         return stage == STAGES[self.config.stages][-1]
 
-    def _enough(self, stage: str) -> float:
-        """The limit on what the objective counts; half of the way to it, as a factor, where another stage follows.
+    def _enough(self, stage: str) -> dict[str, float]:
+        """The limits on costs; half of the way to them, as a factor, where another stage follows.
 
-        Without this the first stage removes all that the limit asks for, and accuracy is given away for a compression
+        Without this the first stage removes all that a limit asks for, and accuracy is given away for a compression
         that nobody asked for.
         """
-        limit, whole = self.constraints.on(self.config.objective), self.teacher.cost.of(self.config.objective)
-        if limit is None or limit >= whole:
-            return 0.0
-        return limit if self._is_last(stage) else math.sqrt(limit * whole)
+        enough = {}
+        for name in OBJECTIVES:
+            limit = self.constraints.on(name)
+            if limit is not None and limit < (whole := self.teacher.cost.of(name)):
+                enough[name] = limit if self._is_last(stage) else math.sqrt(limit * whole)
+        return enough
 
     # One stage
 
@@ -490,7 +493,7 @@ class _Search:
         if self.reward is not None:
             value = float(self.reward(accuracy, cost))
         else:
-            counted = max(cost.of(objective), stage.enough)
+            counted = max(cost.of(objective), stage.enough.get(objective, 0.0))
             value = reward(accuracy, counted, teacher.accuracy, teacher.cost.of(objective))
         return _Judged(arch, cost, accuracy, error, value, stage.limits.violation(cost, accuracy))
 
@@ -578,8 +581,26 @@ class _Search:
         return fitted.finishing(finished, self.teacher.accuracy)
 
     def _spread(self, stage: _Stage, number: int) -> tuple[Tensor, Architecture] | None:
-        """Actions and architecture of one of the first anchors, from mild to severe; None if none was found."""
+        """Actions and architecture of one of the first anchors, from mild to severe; None if none was found.
+
+        The middle one is as mild as params and MACs that are limited let it be, so that one is near what is wanted.
+        """
         severity = (number + 0.5) / self.config.anchors
+        found = self._drawn(stage, number, severity)
+        if number != self.config.anchors // 2 or stage.enough.keys() <= {"latency"}:
+            return found
+        mild, severe = 0.0, 1.0
+        for _ in range(HALVINGS):
+            severity = (mild + severe) / 2
+            drawn = self._drawn(stage, number, severity)
+            if drawn is not None and _is_within(drawn[1], stage.enough):
+                found, severe = drawn, severity
+            else:
+                mild = severity
+        return found
+
+    def _drawn(self, stage: _Stage, number: int, severity: float) -> tuple[Tensor, Architecture] | None:
+        """A new architecture of chance; with the same number and another severity a similar one."""
         others = {key for key, *_ in stage.anchors[:number]}
         generator = torch.Generator().manual_seed(derived(self.config.seed, stage.name, "anchor", number))
         for _ in range(SPREAD_TRIES):
@@ -766,6 +787,12 @@ def _read_policies(path: Path) -> dict[str, Any]:
     if not held.keys() & set(STAGES["both"]):
         raise BadInput(f"{path}: holds no policy; give the policies.pt of a run")
     return held
+
+
+def _is_within(arch: Architecture, limits: Mapping[str, float]) -> bool:
+    """Whether params and MACs, which are known before anything is built, are within the limits on them."""
+    cost = Cost(arch.params, arch.macs)
+    return all(cost.of(name) <= limit for name, limit in limits.items() if name != "latency")
 
 
 def _transfer(policy: nn.Module, held: dict[str, Any], stage: str) -> None:

@@ -221,6 +221,15 @@ def test_more_compression_than_the_limit_asks_for_is_not_rewarded(objective, tea
     assert all(met.values())
 
 
+def test_the_middle_anchor_is_as_large_as_the_limits_let_it_be(result, teacher, data, tmp_path):
+    whole = result.table["teacher"]["params"]
+    limit = whole // 3
+    found = compress(teacher, data, replace(TINY, updates=1, max_params=limit), tmp_path / "near")
+    params = {(a["stage"], a["index"]): a["params"] for a in lines(found.out, "anchor") if a["update"] == 0}
+    for stage, enough in (("removal", (limit * whole) ** 0.5), ("shrinkage", limit)):
+        assert 0.6 * enough < params[stage, TINY.anchors // 2] <= enough
+
+
 def test_policies_begin_by_imitating_the_best_anchor(result, teacher, data, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(search, "imitate", lambda *of: (shown.append(of), imitate(*of)))
