@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from n2n_fast.errors import BadInput
@@ -58,7 +59,7 @@ def _panels(figure: Any, record: RunRecord, table: str) -> None:
         _costs(axes, record, by)
     _final_table(figure.add_subplot(grid[0, 2]), table)
     for row in (1, 2):
-        _legend(figure.add_subplot(grid[row, 2]), panels[row][0])
+        _legend(figure.add_subplot(grid[row, 2]), panels[row])
 
 
 def _columns(count: int) -> list[slice]:
@@ -149,10 +150,14 @@ def _proxy_map(axes: Axes, stage: StageRecord) -> None:
         return
     low, high = max(0.0, min(seen) - 0.02), min(1.0, max(seen) + 0.02)
     across = [low + (high - low) * i / 100 for i in range(101)]
-    line, errors = zip(*(found(x) for x in across), strict=True)
+    of_anchors = replace(found, remaining=1.0)
+    line, errors = zip(*(of_anchors(x) for x in across), strict=True)
     bounds = [[min(1.0, max(0.0, y + sign * e)) for y, e in zip(line, errors, strict=True)] for sign in (-1, 1)]
     axes.fill_between(across, *bounds, color=LIGHT, alpha=0.6, linewidth=0, label="± its standard error")
     axes.plot(across, line, color=INK, linewidth=1.6, label="map")
+    if found.remaining < 1:
+        final = [found(x)[0] for x in across]
+        axes.plot(across, final, color=INK, linestyle="-.", linewidth=1.2, label="after the final training")
     axes.plot([low, high], [low, high], color=GREY, linestyle="--", linewidth=1, label="no change")
     pairs = [(line["proxy_accuracy"], line["accuracy"]) for line in anchors]
     if pairs:
@@ -205,9 +210,9 @@ def _final_table(axes: Axes, table: str) -> None:
     axes.text(0, 1, table, family="monospace", fontsize=SMALL, va="top", ha="left", linespacing=1.6)
 
 
-def _legend(axes: Axes, of: Axes) -> None:
-    """The legend of one panel in a panel of its own."""
+def _legend(axes: Axes, row: Sequence[Axes]) -> None:
+    """The legend of a row's panels in a panel of its own."""
     axes.set_axis_off()
-    handles, labels = of.get_legend_handles_labels()
-    if handles:
-        axes.legend(handles, labels, loc="upper left", fontsize=SMALL, frameon=False, borderaxespad=0)
+    entries = {label: handle for of in row for handle, label in zip(*of.get_legend_handles_labels(), strict=True)}
+    if entries:
+        axes.legend(entries.values(), entries.keys(), loc="upper left", fontsize=SMALL, frameon=False, borderaxespad=0)

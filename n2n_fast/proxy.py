@@ -5,8 +5,8 @@ would learn the evaluation's bias. A few students, the *anchors*, are therefore 
 one accuracy to the other corrects all others.
 
 The anchors' training is itself shorter than the final one. Where a limit on accuracy makes the difference count, one
-anchor gets the final training too: the share of its distance to the teacher that this leaves, in logits, is taken to
-be the same for all.
+anchor gets the final training too, which is taken to leave the same share of the distance to the teacher, in logits, of
+all, but to add to none more than it added to that one: a student far below the teacher is not made its equal.
 """
 
 import math
@@ -39,7 +39,8 @@ class ProxyMap:
     deviation: of the anchors from the line, in logits. mean, spread: of the anchors' logits, spread being the sum of
     squares around their mean. error: mean absolute error, in accuracy, with which each anchor is predicted by the
     others; None where there are too few to leave one out. remaining: share of the distance to the teacher's logit,
-    for students below it, that the final training leaves; 1: nothing is known of that training.
+    for students below it, that the final training leaves; 1: nothing is known of that training. gain: logits that it
+    adds at most.
     """
 
     slope: float = 1.0
@@ -50,6 +51,7 @@ class ProxyMap:
     spread: float = 1.0
     error: float | None = None
     remaining: float = 1.0
+    gain: float = 0.0
     teacher: float = 0.0
 
     def __call__(self, proxy_accuracy: float) -> tuple[float, float]:
@@ -57,26 +59,32 @@ class ProxyMap:
         if self.count == 0:
             return proxy_accuracy, 0.0
         x = _logit(proxy_accuracy)
-        accuracy = self.finished(_logistic(self.intercept + self.slope * x))
+        anchored = self.intercept + self.slope * x
+        accuracy = _logistic(anchored + self._added(anchored))
         width = self.deviation * math.sqrt(1 + 1 / self.count + (x - self.mean) ** 2 / self.spread)
-        return accuracy, accuracy * (1 - accuracy) * width * self.remaining
+        is_near = 0 < self._added(anchored) < self.gain  # so near the teacher that the share counts
+        return accuracy, accuracy * (1 - accuracy) * width * (self.remaining if is_near else 1.0)
 
     def finished(self, accuracy: float) -> float:
         """What the final training is expected to make of a student that has this accuracy as an anchor."""
-        distance = self.teacher - _logit(accuracy)
-        return _logistic(self.teacher - self.remaining * distance) if distance > 0 else accuracy
+        added = self._added(_logit(accuracy))
+        return _logistic(_logit(accuracy) + added) if added else accuracy
+
+    def _added(self, anchored: float) -> float:
+        """The logits that the final training adds to those of an anchor's accuracy."""
+        return min(self.gain, (1 - self.remaining) * max(0.0, self.teacher - anchored))
 
     def finishing(self, trained: Sequence[tuple[float, float]], teacher_accuracy: float) -> "ProxyMap":
         """This map, taught by students trained both ways: pairs of an anchor's accuracy and the final one."""
         teacher = _logit(teacher_accuracy)
-        shares = [
-            (teacher - _logit(final)) / (teacher - _logit(accuracy))
-            for accuracy, final in trained
-            if _logit(accuracy) < teacher - MIN_DEVIATION
-        ]
-        if not shares or self.count == 0:
+        pairs = [(_logit(accuracy), _logit(final)) for accuracy, final in trained]
+        pairs = [(before, after) for before, after in pairs if before < teacher - MIN_DEVIATION]
+        if not pairs or self.count == 0:
             return self
-        return replace(self, remaining=min(1.0, max(MIN_REMAINING, float(np.median(shares)))), teacher=teacher)
+        share = float(np.median([(teacher - after) / (teacher - before) for before, after in pairs]))
+        gain = float(np.median([after - before for before, after in pairs]))
+        remaining = min(1.0, max(MIN_REMAINING, share))
+        return replace(self, remaining=remaining, gain=max(0.0, gain), teacher=teacher)
 
     @classmethod
     def fit(cls, anchors: Sequence[Anchor]) -> "ProxyMap":

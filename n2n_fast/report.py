@@ -128,7 +128,8 @@ def _map_text(stage: StageRecord) -> str:
     final = (
         ""
         if found.remaining == 1
-        else f" The final training leaves {found.remaining:.0%} of the distance to the teacher."
+        else f" The final training leaves {found.remaining:.0%} of the distance to the teacher,"
+        f" but adds no more than {found.gain:.2f} logits."
     )
     return f"{line}, by {found.count} anchors{error}.{final}"
 

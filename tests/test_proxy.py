@@ -83,10 +83,20 @@ def test_the_final_training_closes_the_share_of_the_distance_that_it_closed_befo
     found = ProxyMap.fit(on_a_line(1.0, 0.5, [-1.0, 0.0, 1.0]))
     finishing = found.finishing([(logistic(1.0), logistic(2.0))], logistic(3.0))
     assert finishing.remaining == pytest.approx(0.5)
-    assert finishing(logistic(0.0))[0] == pytest.approx(logistic(3.0 - 0.5 * 2.5))
+    assert finishing.gain == pytest.approx(1.0)
+    assert finishing(logistic(0.6))[0] == pytest.approx(logistic(3.0 - 0.5 * 1.9))
     assert finishing(logistic(2.5))[0] == pytest.approx(logistic(3.0))
     assert finishing(logistic(4.0))[0] == found(logistic(4.0))[0]  # above the teacher nothing is added
-    assert finishing(logistic(0.0))[1] < found(logistic(0.0))[1]
+    assert finishing(logistic(0.6))[1] < found(logistic(0.6))[1]
+
+
+def test_the_final_training_adds_to_none_more_than_it_was_seen_to_add() -> None:
+    found = ProxyMap.fit(on_a_line(1.0, 0.5, [-1.0, 0.0, 1.0]))
+    finishing = found.finishing([(logistic(1.0), logistic(2.0))], logistic(3.0))
+    assert finishing(logistic(-2.0))[0] == pytest.approx(logistic(-2.0 + 0.5 + 1.0))
+    assert finishing.finished(logistic(-2.0)) == pytest.approx(logistic(-1.0))
+    grid = [finishing(logistic(x / 10))[0] for x in range(-40, 40)]
+    assert grid == sorted(grid)
 
 
 def test_what_the_final_training_adds_is_bounded_and_may_be_unknown() -> None:

@@ -188,9 +188,8 @@ def test_a_limit_on_accuracy_is_judged_by_what_the_final_training_gives(teacher,
         rollouts = [r for r in lines(found.out) if r["stage"] == stage and r["update"] == TINY.updates - 1]
         if stage == "removal":
             pairs = [(a["accuracy"], a["final_accuracy"]) for a in finished]
-            assert ProxyMap(**{**of_stage, "remaining": 1.0, "teacher": 0.0}).finishing(pairs, teacher_accuracy) == (
-                ProxyMap(**of_stage)
-            )
+            untaught = ProxyMap(**{**of_stage, "remaining": 1.0, "gain": 0.0, "teacher": 0.0})
+            assert untaught.finishing(pairs, teacher_accuracy) == ProxyMap(**of_stage)
             for r in rollouts:
                 if r["accuracy"] is not None:
                     assert (r["accuracy"], r["accuracy_error"]) == ProxyMap(**of_stage)(r["proxy_accuracy"])
