@@ -150,6 +150,7 @@ def cli() -> None:
     option("--epochs", type=float, metavar="E", help="Training of each student in epochs instead."),
     option("--validation-images", type=int, metavar="N", help="Images that each student is tried on."),
     option("--anchors", type=int, metavar="N", help="Students trained fully to correct accuracies; 0: none."),
+    option("--anchor-every", type=int, metavar="N", help="Updates until another one is; 0: never."),
     option("--init", type=click.Choice(INITS), help="What students start from."),
     option("--saliency", type=click.Choice(SALIENCIES), help="Which channels students keep."),
     option("--policy", type=click.Path(path_type=Path), metavar="FILE", help="Start from another run's policies.pt."),
