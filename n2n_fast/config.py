@@ -32,7 +32,7 @@ class SearchConfig:
     saliency: str | None = None  # activations or l1; default: activations where weights are fitted to them
     batch_size: int = 128
     learning_rate: float = 0.01  # peak, for a rollout's student: fitted weights of a wide net want small steps
-    final_learning_rate: float = 0.05  # peak, for longer trainings; times the root of epochs for less than one
+    final_learning_rate: float = 0.05  # peak, for longer trainings; times the root of steps / 400 for fewer
     kd_weight: float = 0.1  # λ in L = L_hard + λ L_KD
     round_to: int = 1  # shrunk widths are multiples of this many channels
     leaf: tuple[str, ...] = ()  # submodules of the teacher that are each one opaque layer

@@ -23,6 +23,7 @@ from n2n_fast.tracing import run
 Training = Callable[[nn.Module, float], object]  # trains a student in place, for so many epochs
 
 # What building, training and trying a student raise where its numbers go astray; Diverged is among the first.
+FULL_RATE_STEPS = 400  # of a full training, from which on it takes the full learning rate
 NOT_FINITE = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 
@@ -107,8 +108,8 @@ class Evaluator:
             progress.stage(f"training {purpose}", len(batches))
         with seeded(derived(self.config.seed, self.stage, "training", arch.key), self._device):
             student = self._build(arch)
-            # at the full rate a training of a part of an epoch harms students that are nearly the teacher
-            learning_rate = self.config.final_learning_rate * math.sqrt(min(1.0, epochs))
+            # at the full rate a training of few steps harms students that are nearly the teacher
+            learning_rate = self.config.final_learning_rate * math.sqrt(min(1.0, len(batches) / FULL_RATE_STEPS))
             self._fit(student, batches, epochs, learning_rate, progress, keeper)
         return student
 
