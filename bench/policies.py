@@ -68,13 +68,16 @@ class Rewards(SearchProgress):
         return len(self.found) >= ROLLOUTS
 
 
-def rewards(model, data, stage, seed, setting):
+def config_of(stage, seed, setting):
     per_update = setting.get("rollouts", 5)
-    config = SearchConfig(**{**PLAIN, **setting, "stages": stage, "seed": seed, "updates": ROLLOUTS // per_update})
+    return SearchConfig(**{**PLAIN, **setting, "stages": stage, "seed": seed, "updates": ROLLOUTS // per_update})
+
+
+def rewards(model, data, config, policies=None):
     told = Rewards()
     with tempfile.TemporaryDirectory() as place:
         try:
-            compress(model, data, config, Path(place) / "run", told)
+            compress(model, data, config, Path(place) / "run", told, policies=policies)
         except Interrupted:
             return told.found
     raise RuntimeError("the search ended by itself")
@@ -106,6 +109,6 @@ if __name__ == "__main__":
                 for stage in ("removal", "shrinkage"):
                     key = f"{arch} {stage} / {name} / {seed}"
                     if key not in table:
-                        table[key] = [round(r, 4) for r in rewards(model, data, stage, seed, setting)]
+                        table[key] = [round(r, 4) for r in rewards(model, data, config_of(stage, seed, setting))]
                         OUT.write_text(json.dumps(table) + "\n")
         summary(table)

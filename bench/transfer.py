@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from policies import LAST, PLAIN, ROLLOUTS, SEEDS, Rewards
+from policies import LAST, SEEDS, config_of, rewards
 
-from n2n_fast import Interrupted, SearchConfig, compress, load
+from n2n_fast import compress, load
 from n2n_fast import teacher as teachers
 
 OUT = Path(__file__).parent / "results" / "transfer.json"
@@ -22,35 +22,24 @@ FIRST = 25
 BEGINNINGS = ("keeping 0.8", "the best anchor", "the ResNet-18's policies")
 
 
-def settings(stage, seed, **more):
-    plain = {**PLAIN, "anchors": 5, "anchor_epochs": 2.0, "stages": stage, "seed": seed, "updates": ROLLOUTS // 5}
-    return SearchConfig(**{**plain, **more})
+ANCHORED = {"anchors": 5, "anchor_epochs": 2.0}
 
 
 def trained_policies(model, data, stage, seed, place):
     """The file that a whole search leaves; its students are not trained."""
-    config = settings(stage, seed, stage_epochs=0.0, final_epochs=0.0, keep_top=1)
-    compress(model, data, config, place)
+    untrained = {"stage_epochs": 0.0, "final_epochs": 0.0, "keep_top": 1}
+    compress(model, data, config_of(stage, seed, {**ANCHORED, **untrained}), place)
     return place / "policies.pt"
 
 
-def rewards(model, data, config, place, policies):
-    told = Rewards()
-    try:
-        compress(model, data, config, place, told, policies=policies)
-    except Interrupted:
-        return [round(reward, 4) for reward in told.found]
-    raise RuntimeError("the search ended by itself")
-
-
 def searches(small, large, data, stage, seed):
-    """By beginning, the rewards of the larger teacher's search."""
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        for number, beginning in enumerate(BEGINNINGS):
-            policies = trained_policies(small, data, stage, seed, place / "small") if number == 2 else None
-            more = {"keep_probability": 0.8} if number == 0 else {}
-            yield beginning, rewards(large, data, settings(stage, seed, **more), place / str(number), policies)
+    """The rewards of the larger teacher's searches, in the order of BEGINNINGS."""
+    with tempfile.TemporaryDirectory() as place:
+        policies = trained_policies(small, data, stage, seed, Path(place) / "small")
+        anchored = config_of(stage, seed, ANCHORED)
+        yield rewards(large, data, config_of(stage, seed, {**ANCHORED, "keep_probability": 0.8}))
+        yield rewards(large, data, anchored)
+        yield rewards(large, data, anchored, policies)
 
 
 def summary(table):
@@ -77,7 +66,7 @@ if __name__ == "__main__":
     for seed in range(SEEDS):
         for stage in ("removal", "shrinkage"):
             if f"{stage} / {BEGINNINGS[-1]} / {seed}" not in table:
-                for beginning, found in searches(small, large, data, stage, seed):
-                    table[f"{stage} / {beginning} / {seed}"] = found
+                for beginning, found in zip(BEGINNINGS, searches(small, large, data, stage, seed), strict=True):
+                    table[f"{stage} / {beginning} / {seed}"] = [round(reward, 4) for reward in found]
                     OUT.write_text(json.dumps(table) + "\n")
         summary(table)

@@ -22,8 +22,9 @@ from n2n_fast.tracing import run
 
 Training = Callable[[nn.Module, float], object]  # trains a student in place, for so many epochs
 
-# What building, training and trying a student raise where its numbers go astray; Diverged is among the first.
 FULL_RATE_STEPS = 400  # of a full training, from which on it takes the full learning rate
+
+# What building, training and trying a student raise where its numbers go astray; Diverged is among the first.
 NOT_FINITE = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 

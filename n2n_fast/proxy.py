@@ -60,9 +60,10 @@ class ProxyMap:
             return proxy_accuracy, 0.0
         x = _logit(proxy_accuracy)
         anchored = self.intercept + self.slope * x
-        accuracy = _logistic(anchored + self._added(anchored))
+        added = self._added(anchored)
+        accuracy = _logistic(anchored + added)
         width = self.deviation * math.sqrt(1 + 1 / self.count + (x - self.mean) ** 2 / self.spread)
-        is_near = 0 < self._added(anchored) < self.gain  # so near the teacher that the share counts
+        is_near = 0 < added < self.gain  # so near the teacher that the share counts
         return accuracy, accuracy * (1 - accuracy) * width * (self.remaining if is_near else 1.0)
 
     def finished(self, accuracy: float) -> float:

@@ -42,7 +42,8 @@ class Constraints:
 
     def on(self, objective: str) -> float | None:
         """The limit on what an objective counts."""
-        return {"params": self.max_params, "macs": self.max_macs, "latency": self.max_latency}[objective]
+        limit: float | None = getattr(self, f"max_{objective}")
+        return limit
 
     def gaps(self, cost: Cost, accuracy: float) -> dict[str, float]:
         """How far each limit that is not met is away, relative to it; empty where all are met."""
