@@ -1,9 +1,9 @@
 """How the policies learn best: python bench/policies.py.
 
-Two teachers of the digits (a ResNet-14 and a ResNet-20), both stages, SEEDS seeds: ROLLOUTS students each, tried as
-their fitted weights are, so that a search takes seconds. Each setting changes one thing of the first, the default;
-"chance" never learns. Figures are rewards: the mean of the last 25 rollouts, and the best. Writes
-bench/results/policies.json after every search and leaves out those that are in it.
+Two teachers of the digits (a ResNet-14 and a ResNet-20), SEEDS seeds, searches for a tenth of the params and free ones:
+ROLLOUTS students a stage, tried as their fitted weights are, so that a search takes seconds. Each setting changes one
+thing of the first, the default; "chance" never learns. Figures are rewards: the mean of the last 25 students, and the
+best. Writes bench/results/policies.json after every search and leaves out those that are in it.
 """
 
 import json
@@ -13,14 +13,24 @@ from pathlib import Path
 
 import torch
 
-from n2n_fast import Interrupted, SearchConfig, SearchProgress, compress, load
+from n2n_fast import SearchConfig, SearchProgress, compress, load
 from n2n_fast import teacher as teachers
+from n2n_fast.config import STAGES
 
 SEEDS = 3
 ROLLOUTS = 150
 LAST = 25
 OUT = Path(__file__).parent / "results" / "policies.json"
-PLAIN = {"rollout_steps": 0, "anchors": 0, "validation_images": None, "calibration_images": 256}
+SMALLER = {"a tenth": 10, "free": None}  # what is asked for
+SHORT = {
+    "rollout_steps": 0,
+    "anchor_epochs": 2.0,
+    "stage_epochs": 2.0,
+    "final_epochs": 0.0,
+    "keep_top": 1,
+    "validation_images": None,
+    "calibration_images": 256,
+}
 
 
 def rates(rate):
@@ -36,79 +46,74 @@ SETTINGS = {
         "normalise": False,
     },
     "plain advantages": {"normalise": False},
-    "rate 0.005": rates(0.005),
     "rate 0.01": rates(0.01),
     "rate 0.05": rates(0.05),
     "entropy 0.01": {"entropy": 0.01},
     "entropy 0.03": {"entropy": 0.03},
-    "entropy 0.1": {"entropy": 0.1},
     "baseline 0.95": {"baseline_decay": 0.95},
     "baseline 0.5": {"baseline_decay": 0.5},
-    "keep 0.9": {"keep_probability": 0.9},
-    "keep 0.6": {"keep_probability": 0.6},
-    "anchors": {"anchors": 5, "anchor_epochs": 2.0, "keep_probability": 0.8},
-    "anchors, begun at the best": {"anchors": 5, "anchor_epochs": 2.0},
-    "anchors, begun at the best, chance": {"anchors": 5, "anchor_epochs": 2.0, **rates(0.0)},
+    "begun at 0.8": {"keep_probability": 0.8},
     "10 rollouts": {"rollouts": 10},
-    "10 rollouts, rate 0.01": {"rollouts": 10, **rates(0.01)},
-    "10 rollouts, entropy 0.03": {"rollouts": 10, "entropy": 0.03},
 }
 
 
 class Rewards(SearchProgress):
-    """Collects rewards, and stops after enough of them."""
+    """Collects rewards by stage."""
 
     def __init__(self):
-        self.found = []
+        self.found = {stage: [] for stage in STAGES["both"]}
 
     def rollout(self, rollout, best, compression):
-        self.found.append(rollout.reward)
-
-    def stopping(self):
-        return len(self.found) >= ROLLOUTS
+        self.found[rollout.stage].append(round(rollout.reward, 4))
 
 
-def config_of(stage, seed, setting):
-    per_update = setting.get("rollouts", 5)
-    return SearchConfig(**{**PLAIN, **setting, "stages": stage, "seed": seed, "updates": ROLLOUTS // per_update})
+def config_of(model, smaller, seed, setting):
+    """A search's settings; smaller: how many times fewer params are asked for, None: as it comes."""
+    most = smaller and sum(p.numel() for p in model.parameters()) // smaller
+    updates = ROLLOUTS // setting.get("rollouts", 5)
+    return SearchConfig(**{**SHORT, "max_params": most, **setting, "seed": seed, "updates": updates})
 
 
-def rewards(model, data, config, policies=None):
+def rewards(model, data, config, place, policies=None):
+    """Of all rollouts, by stage; place: of the run directory."""
     told = Rewards()
-    with tempfile.TemporaryDirectory() as place:
-        try:
-            compress(model, data, config, Path(place) / "run", told, policies=policies)
-        except Interrupted:
-            return told.found
-    raise RuntimeError("the search ended by itself")
+    compress(model, data, config, place, told, policies=policies)
+    return told.found
+
+
+def figures(runs):
+    """Over seeds: the mean reward of the last students, and the best, each with its standard error."""
+    late = [statistics.mean(run[-LAST:]) for run in runs]
+    best = [max(run) for run in runs]
+    return tuple((statistics.mean(v), statistics.stdev(v) / len(v) ** 0.5) for v in (late, best))
 
 
 def summary(table):
-    """Per teacher and stage, for each setting: mean over seeds and its standard error, of the late and the best."""
     for group in dict.fromkeys(key.rsplit(" / ", 2)[0] for key in table):
-        print(group)
-        for name in SETTINGS:
-            runs = [found for key, found in table.items() if key.startswith(f"{group} / {name} / ")]
-            if len(runs) < 2:
-                continue
-            late, best = [statistics.mean(r[-LAST:]) for r in runs], [max(r) for r in runs]
-            late_error, best_error = (statistics.stdev(v) / len(v) ** 0.5 for v in (late, best))
-            print(f"  {name:<40} last {statistics.mean(late):.3f} ± {late_error:.3f}"
-                  f"  best {statistics.mean(best):.3f} ± {best_error:.3f}")  # fmt: skip
+        for stage in STAGES["both"]:
+            print(f"{group}, {stage}")
+            for name in SETTINGS:
+                runs = [found[stage] for key, found in table.items() if key.startswith(f"{group} / {name} / ")]
+                if len(runs) > 1:
+                    (late, late_error), (best, best_error) = figures(runs)
+                    print(f"  {name:<36} last {late:.3f} ± {late_error:.3f}  best {best:.3f} ± {best_error:.3f}")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     data = load("digits", validation=0.2)
     table = json.loads(OUT.read_text()) if OUT.exists() else {}
-    for arch in ("digits_resnet", "resnet20"):
-        model = teachers.create(arch, data.classes, 1, seed=0)
+    models = {arch: teachers.create(arch, data.classes, 1, seed=0) for arch in ("digits_resnet", "resnet20")}
+    for model in models.values():
         teachers.train_teacher(model, data, epochs=30.0, seed=0)
+    for asked, smaller in SMALLER.items():
         for seed in range(SEEDS):
-            for name, setting in SETTINGS.items():
-                for stage in ("removal", "shrinkage"):
-                    key = f"{arch} {stage} / {name} / {seed}"
+            for arch, model in models.items():
+                for name, setting in SETTINGS.items():
+                    key = f"{arch}, {asked} / {name} / {seed}"
                     if key not in table:
-                        table[key] = [round(r, 4) for r in rewards(model, data, config_of(stage, seed, setting))]
+                        with tempfile.TemporaryDirectory() as place:
+                            config = config_of(model, smaller, seed, setting)
+                            table[key] = rewards(model, data, config, Path(place) / "run")
                         OUT.write_text(json.dumps(table) + "\n")
-        summary(table)
+    summary(table)

@@ -43,7 +43,7 @@ class SearchConfig:
     lstm_layers: int = 2
     removal_learning_rate: float = 0.02  # Adam's, stage 1; 0: the policy stays as it is, a random search
     shrinkage_learning_rate: float = 0.02  # Adam's, stage 2; the same
-    normalise: bool = True  # divide advantages by the deviation of the update's rewards
+    normalise: bool = True  # divide the advantages of an update by their root mean square
     entropy: float = 0.0  # weight of the policy's entropy, which holds it from settling early
     baseline_decay: float = 0.8  # of the moving average of rewards
     objective: str = "params"  # what C counts: params, macs or latency

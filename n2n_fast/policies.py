@@ -14,8 +14,9 @@ from torch import Tensor, nn
 KEEP_PROBABILITY = 0.8  # of untrained policies, where nothing tells more
 MOST_REMOVED = 0.7  # share of the layers, at severity 1
 MOST_CROPPED = 0.5  # share of the kernels, at severity 1
-IMITATION_RATE = 0.02  # Adam's
-IMITATION_STEPS = 200  # at most
+UNEVENNESS = 0.3  # deviation of the widths, at severity 1
+IMITATION_RATE = 0.005  # Adam's; a larger one leads past the likeness that is wanted
+IMITATION_STEPS = 500  # at most
 
 
 class RemovalPolicy(nn.Module):
@@ -24,7 +25,7 @@ class RemovalPolicy(nn.Module):
     keep_probability: of every layer before any training.
     """
 
-    likeness = 0.7  # of its actions to those that it imitates
+    likeness = 0.9  # of its actions to those that it imitates
 
     def __init__(
         self, features: int, hidden: int = 30, layers: int = 2, keep_probability: float = KEEP_PROBABILITY
@@ -47,7 +48,7 @@ class RemovalPolicy(nn.Module):
         return (keep | ~mask).long()
 
     def spread(self, mask: Tensor, severity: float, generator: torch.Generator) -> Tensor:
-        """Actions (layers,) of chance, not of the policy; severity: in (0, 1), how likely a removal is."""
+        """Actions (layers,) of chance, not of the policy; severity: in [0, 1), how likely a removal is."""
         keep: Tensor = torch.rand(len(mask), generator=generator) >= MOST_REMOVED * severity
         return (keep | ~mask).long()
 
@@ -129,9 +130,9 @@ class ShrinkagePolicy(nn.Module):
         return torch.from_numpy(actions).transpose(0, 1)
 
     def spread(self, mask: Tensor, severity: float, generator: torch.Generator) -> Tensor:
-        """Actions (layers, 2) of chance, not of the policy, towards fewer channels as severity, in (0, 1), grows."""
+        """Actions (layers, 2) of chance, not of the policy: fewer channels, and less even, as severity grows."""
         last = self.ratios - 1
-        at = (1 - severity) * last + 0.15 * last * torch.randn(len(mask), generator=generator)
+        at = last - severity * last * (1 + UNEVENNESS * torch.randn(len(mask), generator=generator))
         widths = at.round().clamp(0, last).long()
         cropped = torch.rand(len(mask), generator=generator) < MOST_CROPPED * severity
         drawn = torch.stack([widths, torch.where(cropped, 0, last)], 1)

@@ -1,6 +1,6 @@
 """The reward of a student, and the limits a user may set (section 3.2 of the paper)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DEGENERATE = -1.0
 ANNEALING_UPDATES = 15
@@ -58,9 +58,9 @@ class Constraints:
         return sum(self.gaps(cost, accuracy).values())
 
     @property
-    def of_accuracy(self) -> "Constraints":
-        """The limit on accuracy alone, for students that are still to be made smaller."""
-        return Constraints(min_accuracy=self.min_accuracy)
+    def untimed(self) -> "Constraints":
+        """The same without the limit on latency."""
+        return replace(self, max_latency=None)
 
     @staticmethod
     def anneal(reward: float, update: int) -> float:

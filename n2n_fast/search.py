@@ -45,7 +45,6 @@ from n2n_fast.student import independent_copy
 from n2n_fast.workers import Engine, Job, Workers, engine
 
 SPREAD_TRIES = 20  # at an anchor that is not degenerate
-HALVINGS = 10  # of the range of severities, to find the mildest within a limit
 MOST_DIVERGED = 3  # full trainings, after which others are not tried either
 
 RewardFunction = Callable[[float, Cost], float]  # of the validation accuracy and of what the student costs
@@ -99,6 +98,7 @@ class _Stage:
     mask: Tensor
     limits: Constraints
     enough: dict[str, float]  # by objective, for those that are limited: less than this is not rewarded
+    at_limits: bool  # whether students are brought to the limits on params and MACs, whatever is drawn
     architecture_of: Callable[[list[Any]], Architecture]
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
@@ -299,6 +299,9 @@ class _Search:
         if self.policies:
             _transfer(policy, self.policies, name)
         rate = config.removal_learning_rate if removes else config.shrinkage_learning_rate
+        last = self._is_last(name)
+        enough = self._enough(last)
+        at_limits = bool(enough.keys() & {"params", "macs"}) and not (removes and last)
         return _Stage(
             name=name,
             space=space,
@@ -307,29 +310,50 @@ class _Search:
             mask=torch.tensor([layer.removable for layer in space.layers])
             if removes
             else torch.tensor(space.choices(space.teacher)).T,
-            # what a stage leaves too large, the next one shrinks
-            limits=self.constraints if self._is_last(name) else self.constraints.of_accuracy,
-            enough=self._enough(name),
-            architecture_of=_remove(space) if removes else _shrink(space, config.ratios),
+            limits=self.constraints if last else self.constraints.untimed,
+            enough=enough,
+            at_limits=at_limits,
+            architecture_of=self._transition(name, space, at_limits),
             optimizer=torch.optim.Adam(policy.parameters(), rate),
             generator=torch.Generator().manual_seed(derived(config.seed, name, "actions")),
             finished=[pair for done in self.trained for pair in done["finished"]],
         )
 
+    def _transition(self, stage: str, space: ArchitectureSpace, at_limits: bool) -> Callable[[list[Any]], Architecture]:
+        """From actions to an architecture, brought to the limits on params and MACs where the stage asks for it.
+
+        Layers that are removed are judged by what is left of a student of the wanted size, evenly narrowed. A student
+        that is smaller than is rewarded gets wider, since no other use of what it saves is asked for.
+        """
+        config = self.config
+        ratios, even = config.ratios, [1.0] * len(space.layers)
+        limits: dict[str, Any] = {}
+        if at_limits:
+            grow = self.reward is None and config.objective in self._enough(True)
+            limits = {"params": config.max_params, "macs": config.max_macs, "grow": grow}
+
+        def remove(actions: list[int]) -> Architecture:
+            removed = space.remove(space.teacher, [action == 1 for action in actions])
+            return space.shrink_within(removed, even, **limits)
+
+        def shrink(actions: list[list[int]]) -> Architecture:
+            channels, kernels = ([ratios[index] for index in indices] for indices in zip(*actions, strict=True))
+            return space.shrink_within(space.teacher, channels, kernels, **limits)
+
+        return remove if stage == "removal" else shrink
+
     def _is_last(self, stage: str) -> bool:
         return stage == STAGES[self.config.stages][-1]
 
-    def _enough(self, stage: str) -> dict[str, float]:
-        """The limits on costs; half of the way to them, as a factor, where another stage follows.
-
-        Without this the first stage removes all that a limit asks for, and accuracy is given away for a compression
-        that nobody asked for.
+    def _enough(self, last: bool) -> dict[str, float]:
+        """The limits on costs, by objective; in a stage before the last, which cannot bring students to a latency, half
+        of the way to that, as a factor.
         """
         enough = {}
         for name in OBJECTIVES:
             limit = self.constraints.on(name)
             if limit is not None and limit < (whole := self.teacher.cost.of(name)):
-                enough[name] = limit if self._is_last(stage) else math.sqrt(limit * whole)
+                enough[name] = limit if last or name != "latency" else math.sqrt(limit * whole)
         return enough
 
     # One stage
@@ -368,7 +392,7 @@ class _Search:
         baseline = mean if stage.baseline is None else stage.baseline
         advantages = rewards - baseline
         if config.normalise and len(rewards) > 1:
-            advantages = advantages / rewards.std().clamp_min(1e-3)
+            advantages = advantages / advantages.square().mean().sqrt().clamp_min(1e-3)
         loss = -(advantages * stage.policy.log_prob(features, stage.mask, actions)).mean()
         if config.entropy:
             loss = loss - config.entropy * stage.policy.entropy(features, stage.mask, actions)
@@ -583,24 +607,9 @@ class _Search:
     def _spread(self, stage: _Stage, number: int) -> tuple[Tensor, Architecture] | None:
         """Actions and architecture of one of the first anchors, from mild to severe; None if none was found.
 
-        The middle one is as mild as params and MACs that are limited let it be, so that one is near what is wanted.
+        At the limits the mildest is the teacher, evenly narrowed.
         """
-        severity = (number + 0.5) / self.config.anchors
-        found = self._drawn(stage, number, severity)
-        if number != self.config.anchors // 2 or stage.enough.keys() <= {"latency"}:
-            return found
-        mild, severe = 0.0, 1.0
-        for _ in range(HALVINGS):
-            severity = (mild + severe) / 2
-            drawn = self._drawn(stage, number, severity)
-            if drawn is not None and _is_within(drawn[1], stage.enough):
-                found, severe = drawn, severity
-            else:
-                mild = severity
-        return found
-
-    def _drawn(self, stage: _Stage, number: int, severity: float) -> tuple[Tensor, Architecture] | None:
-        """A new architecture of chance; with the same number and another severity a similar one."""
+        severity = (number if stage.at_limits else number + 0.5) / self.config.anchors
         others = {key for key, *_ in stage.anchors[:number]}
         generator = torch.Generator().manual_seed(derived(self.config.seed, stage.name, "anchor", number))
         for _ in range(SPREAD_TRIES):
@@ -634,7 +643,9 @@ class _Search:
     # The best
 
     def _train_best(self, stage: _Stage) -> None:
-        """Train the best of a stage in full, and keep the best of these; in the first stage there is only one.
+        """Train the best of a stage in full, and keep the best of these.
+
+        In the first stage there is only one: what its removals leave at full width, or the teacher itself.
 
         What each came to is known when the next is chosen. One whose training diverges is passed over.
         """
@@ -648,12 +659,18 @@ class _Search:
                 break
             number = len(stage.finals)
             which = f" {number + 1}" if count > 1 else ""
-            found, student = self._trained(stage, arch, epochs, f"the best{which} of {stage.name}")
+            whole = self._whole(stage, arch)
+            found: float | None
+            student: fx.GraphModule | None
+            if whole == stage.space.teacher:  # nothing is removed, nothing to train
+                found, student = self.teacher.accuracy, stage.space.build(whole, "inherit")
+            else:
+                found, student = self._trained(stage, whole, epochs, f"the best{which} of {stage.name}")
             if student is None:
                 diverged.add(arch.key)
                 continue
             line = {"kind": "final", "stage": stage.name, "update": stage.update, "index": number}
-            described = {"architecture": arch.key, "params": arch.params, "macs": arch.macs, "accuracy": found}
+            described = {"architecture": whole.key, "params": whole.params, "macs": whole.macs, "accuracy": found}
             self.directory.append({**line, **described})
             stage.finals.append((arch.key, float(found or 0), independent_copy(student).state_dict()))
             self._fit_map(stage)
@@ -666,7 +683,7 @@ class _Search:
         self.trained.append(
             {
                 "name": stage.name,
-                "architecture": best.architecture.to_json(),
+                "architecture": self._whole(stage, best.architecture).to_json(),
                 "student": state,
                 "policy": stage.policy.state_dict(),
                 "points": json.dumps([asdict(point) for point in self._points(stage)]),
@@ -674,6 +691,10 @@ class _Search:
             }
         )
         self._save(None)
+
+    def _whole(self, stage: _Stage, arch: Architecture) -> Architecture:
+        """An architecture as the next stage gets it: where one follows, only its removals count."""
+        return arch if self._is_last(stage.name) else stage.space.remove(stage.space.teacher, arch.keep)
 
     def _ranked(self, stage: _Stage) -> list[_Judged]:
         """All evaluated students, the best first, by the map as it is now."""
@@ -695,8 +716,13 @@ class _Search:
     def _points(self, stage: _Stage) -> list[Point]:
         """Every evaluated student with the best that is known of its accuracy."""
         known = {key: found if final is None else final for key, found, final in stage.anchors if found is not None}
-        known |= {key: found for key, found, _ in stage.finals}
         points = []
+        for key, found, _ in stage.finals:
+            whole = self._whole(stage, arch := stage.evaluated[key][0])
+            if whole == arch:
+                known[key] = found
+            else:
+                points.append(Point(stage.name, whole.key, whole.params, whole.macs, found, True))
         for key, (arch, evaluation) in stage.evaluated.items():
             judged = self._judge(stage, arch, evaluation)
             if judged is not None:
@@ -739,16 +765,6 @@ class _Search:
         return images
 
 
-def _remove(space: ArchitectureSpace) -> Callable[[list[int]], Architecture]:
-    return lambda actions: space.remove(space.teacher, [action == 1 for action in actions])
-
-
-def _shrink(space: ArchitectureSpace, ratios: Sequence[float]) -> Callable[[list[list[int]]], Architecture]:
-    return lambda actions: space.shrink(
-        space.teacher, [ratios[channels] for channels, _ in actions], [ratios[kernel] for _, kernel in actions]
-    )
-
-
 def _better(rollout: Rollout, best: Rollout) -> bool:
     """Whether a rollout is to be shown as the best so far."""
     return (rollout.feasible, rollout.reward) > (best.feasible, best.reward)
@@ -787,12 +803,6 @@ def _read_policies(path: Path) -> dict[str, Any]:
     if not held.keys() & set(STAGES["both"]):
         raise BadInput(f"{path}: holds no policy; give the policies.pt of a run")
     return held
-
-
-def _is_within(arch: Architecture, limits: Mapping[str, float]) -> bool:
-    """Whether params and MACs, which are known before anything is built, are within the limits on them."""
-    cost = Cost(arch.params, arch.macs)
-    return all(cost.of(name) <= limit for name, limit in limits.items() if name != "latency")
 
 
 def _transfer(policy: nn.Module, held: dict[str, Any], stage: str) -> None:

@@ -17,6 +17,8 @@ from n2n_fast.student import StudentFactory, l1_saliency, randomize
 
 INITS = ("calibrated", "reconstructed", "inherit", "random")
 SALIENCIES = ("activations", "l1")
+NARROWEST = 1e-4  # factor of ratios, which leaves one channel everywhere
+HALVINGS = 12  # of the logarithms of the factors that are possible
 
 
 class ArchitectureSpace:
@@ -139,6 +141,42 @@ class ArchitectureSpace:
                 for size, smallest, ratio, kept in zip(sizes, self._smallest, kernels, arch.keep, strict=True)
             ]
         return self._architecture(arch.keep, tuple(widths), tuple(sizes))
+
+    def shrink_within(
+        self,
+        arch: Architecture,
+        channels: Sequence[float],
+        kernels: Sequence[float] | None = None,
+        *,
+        params: int | None = None,
+        macs: int | None = None,
+        grow: bool = False,
+    ) -> Architecture:
+        """As `shrink`, all channel ratios times the largest factor that keeps params and MACs within limits.
+
+        The factor is at most 1; with `grow` a student below the limits is made wider too, as far as the ratios' order
+        allows. Where even the narrowest student is too large, that one.
+        """
+
+        def scaled(factor: float) -> Architecture:
+            return self.shrink(arch, [min(1.0, ratio * factor) for ratio in channels], kernels)
+
+        def fits(found: Architecture) -> bool:
+            return (params is None or found.params <= params) and (macs is None or found.macs <= macs)
+
+        found = self.shrink(arch, channels, kernels)  # which looks at the ratios
+        largest = 1 / min(channels) if grow else 1.0
+        if fits(found := scaled(largest) if grow else found):
+            return found
+        low, high = math.log(NARROWEST), math.log(largest)
+        best = scaled(NARROWEST)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            if fits(found := scaled(math.exp(middle))):
+                low, best = middle, found
+            else:
+                high = middle
+        return best
 
     def choices(self, arch: Architecture) -> tuple[list[bool], list[bool]]:
         """Which layers' channel ratios and which layers' kernel ratios change anything in `shrink`."""

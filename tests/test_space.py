@@ -331,6 +331,47 @@ def test_remove_after_shrink_takes_the_narrower_of_the_shrunk() -> None:
         assert student.get_submodule("0").out_channels == student.get_submodule("7").in_channels == expected
 
 
+@pytest.mark.parametrize("name", SMALL)
+@settings(max_examples=15)
+@given(seed=SEEDS, share=st.floats(0.02, 1.1), by=st.sampled_from(["params", "macs"]), grow=st.booleans())
+def test_shrinking_within_limits_goes_just_as_far_as_needed(name: str, seed: int, share: float, by: str, grow: bool):
+    space, rng = space_of(name), random.Random(seed)
+    arch = removed(space, [rng.random() >= 0.1 for _ in space.layers])
+    channels, kernels = ([rng.choice(RATIOS) for _ in space.layers] for _ in range(2))
+    limit = int(share * getattr(arch, by))
+    found = space.shrink_within(arch, channels, kernels, **{by: limit}, grow=grow)
+
+    def scaled(factor: float) -> Architecture:
+        return space.shrink(arch, [min(1.0, ratio * factor) for ratio in channels], kernels)
+
+    largest = scaled(1 / min(channels) if grow else 1.0)
+    narrowest = scaled(1e-9)
+    assert found.keep == arch.keep
+    assert found.kernels == largest.kernels
+    if getattr(largest, by) <= limit:
+        assert found == largest
+    elif getattr(narrowest, by) > limit:
+        assert found == narrowest
+    else:
+        assert getattr(found, by) <= limit
+        grid = [scaled(10 ** (i / 500)) for i in range(-2000, 501) if grow or i <= 0]
+        assert getattr(found, by) >= max(getattr(a, by) for a in grid if getattr(a, by) <= limit) * 0.98 - 100
+
+
+def test_shrinking_within_no_limits_is_shrinking() -> None:
+    space = space_of("chain")
+    half = [0.5] * len(space.layers)
+    assert space.shrink_within(space.teacher, half) == space.shrink(space.teacher, half)
+    assert space.shrink_within(space.teacher, half, grow=True) == space.teacher
+    both = space.shrink_within(space.teacher, half, params=space.teacher.params // 5, macs=space.teacher.macs // 5)
+    assert both.params <= space.teacher.params // 5
+    assert both.macs <= space.teacher.macs // 5
+    for wrong in ([0.0, *half[1:]], [1.5, *half[1:]], half[1:]):
+        for grow in (False, True):
+            with pytest.raises(ValueError, match="channels"):
+                space.shrink_within(space.teacher, wrong, params=1, grow=grow)
+
+
 @pytest.mark.parametrize("name", ["chain", "cifar_resnet", "bottlenecks", "resnext", "mobile", "dense"])
 @given(SEEDS)
 @settings(deadline=None, max_examples=10)

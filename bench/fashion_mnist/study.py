@@ -14,6 +14,7 @@ B-free-0             an earlier search without a limit, its policies not begun a
                      teacher of 8 epochs was not
 B-uncapped-0         T-search-0 when more compression than the limit asks for was still rewarded; kept, not run again
 B-capped-0           T-search-0 before an anchor was put at the limit; the same
+B-removed-0          T-search-0 when students of the first stage were not yet brought to the limit; the same
 T-smaller-SEED       as T-search-SEED, divided by 16 (B alone)
 T-paper-SEED         the paper's protocol for as long as T-search-SEED took
 T-pruned-SEED        one-shot uniform L1 pruning (Torch-Pruning) to the params of T-search-SEED's student, trained alike
