@@ -84,6 +84,15 @@ def _percent(axis: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1.0))
 
 
+def _counted(axis: Any) -> None:
+    """Label a logarithmic axis of counts at a few round numbers: 50 k, 2 M."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(EngFormatter())
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _rewards(axes: Axes, stage: StageRecord) -> None:
     """Each rollout's reward and the best so far; degenerate ones at the lower edge, refitted maps as lines."""
     _style(axes, f"{stage.name}: reward", "rollouts", "reward")
@@ -117,6 +126,7 @@ def _costs(axes: Axes, record: RunRecord, by: str) -> None:
     name = {"params": "params", "macs": "MACs"}[by]
     _style(axes, f"validation accuracy against {name}", name, "validation accuracy")
     axes.set_xscale("log")
+    _counted(axes.xaxis)
     _percent(axes.yaxis)
     for stage in record.stages:
         marker = MARKERS.get(stage.name, "o")
