@@ -18,6 +18,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+NOT_BUILT = """
+n2n_fast could not be built; CMake says above why. It needs a C++17 compiler (`apt-get install g++`, or CXX=/path/to/one)
+and nothing of torch. N2N_FAST_CUDA=OFF leaves the CUDA kernels out, if it is those that fail."""
 
 
 def tool(name: str) -> str:
@@ -48,8 +51,9 @@ class CMakeBuild(build_ext):
             f"-DN2N_FAST_CUDA={os.environ.get('N2N_FAST_CUDA', 'AUTO')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        subprocess.run([tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure], check=True)
-        subprocess.run([tool("cmake"), "--build", str(build)], check=True)
+        for step in (["-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure], ["--build", str(build)]):
+            if subprocess.run([tool("cmake"), *step], check=False).returncode:
+                raise SystemExit(NOT_BUILT)
 
 
 setup(ext_modules=[Extension("n2n_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
