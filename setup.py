@@ -19,8 +19,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 NOT_BUILT = """
-n2n_fast could not be built; CMake says above why. It needs a C++17 compiler (`apt-get install g++`, or CXX=/path/to/one)
-and nothing of torch. N2N_FAST_CUDA=OFF leaves the CUDA kernels out, if it is those that fail."""
+n2n_fast could not be built; CMake says above why. It needs a C++17 compiler (`apt-get install g++`, or CXX=PATH) and
+nothing of torch. N2N_FAST_CUDA=OFF leaves the CUDA kernels out, if it is those that fail."""
 
 
 def tool(name: str) -> str:
