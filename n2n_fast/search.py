@@ -313,23 +313,25 @@ class _Search:
             limits=self.constraints if last else self.constraints.untimed,
             enough=enough,
             at_limits=at_limits,
-            architecture_of=self._transition(name, space, at_limits),
+            architecture_of=self._transition(name, space, enough if at_limits else {}),
             optimizer=torch.optim.Adam(policy.parameters(), rate),
             generator=torch.Generator().manual_seed(derived(config.seed, name, "actions")),
             finished=[pair for done in self.trained for pair in done["finished"]],
         )
 
-    def _transition(self, stage: str, space: ArchitectureSpace, at_limits: bool) -> Callable[[list[Any]], Architecture]:
-        """From actions to an architecture, brought to the limits on params and MACs where the stage asks for it.
+    def _transition(
+        self, stage: str, space: ArchitectureSpace, limited: Mapping[str, float]
+    ) -> Callable[[list[Any]], Architecture]:
+        """From actions to an architecture, brought to the limits on params and MACs; limited: by objective, if it is.
 
         Layers that are removed are judged by what is left of a student of the wanted size, evenly narrowed. A student
-        that is smaller than is rewarded gets wider, since no other use of what it saves is asked for.
+        that is smaller than is rewarded gets wider, unless it has to be fast as well.
         """
         config = self.config
         ratios, even = config.ratios, [1.0] * len(space.layers)
         limits: dict[str, Any] = {}
-        if at_limits:
-            grow = self.reward is None and config.objective in self._enough(True)
+        if limited:
+            grow = self.reward is None and config.objective in limited and "latency" not in limited
             limits = {"params": config.max_params, "macs": config.max_macs, "grow": grow}
 
         def remove(actions: list[int]) -> Architecture:
@@ -662,7 +664,7 @@ class _Search:
             whole = self._whole(stage, arch)
             found: float | None
             student: fx.GraphModule | None
-            if whole == stage.space.teacher:  # nothing is removed, nothing to train
+            if not last and whole == stage.space.teacher:  # nothing is removed, nothing to train
                 found, student = self.teacher.accuracy, stage.space.build(whole, "inherit")
             else:
                 found, student = self._trained(stage, whole, epochs, f"the best{which} of {stage.name}")

@@ -164,9 +164,11 @@ class ArchitectureSpace:
         def fits(found: Architecture) -> bool:
             return (params is None or found.params <= params) and (macs is None or found.macs <= macs)
 
-        found = self.shrink(arch, channels, kernels)  # which looks at the ratios
-        largest = 1 / min(channels) if grow else 1.0
-        if fits(found := scaled(largest) if grow else found):
+        found, largest = self.shrink(arch, channels, kernels), 1.0  # which looks at the ratios
+        if grow:
+            largest = 1 / min(channels)
+            found = scaled(largest)
+        if fits(found):
             return found
         low, high = math.log(NARROWEST), math.log(largest)
         best = scaled(NARROWEST)

@@ -246,6 +246,31 @@ def test_where_nothing_is_removed_the_second_stage_shrinks_the_teacher_itself(te
     assert all(student["params"] <= 20_000 for student in students)
 
 
+def test_what_is_within_the_limits_after_stage_one_is_trained_in_the_last(teacher, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(search.RemovalPolicy, "sample", lambda self, x, mask, count, generator: (~mask).long().expand(
+        count, -1))  # fmt: skip
+    most = ArchitectureSpace(teacher, data.train.batch(torch.arange(2))[0]).teacher.params - 1
+    config = replace(PLAIN, updates=1, rollouts=1, keep_top=1, max_params=most)
+    monkeypatch.setattr(search.ShrinkagePolicy, "sample", lambda self, x, mask, count, generator: torch.full(
+        (count, len(mask), 2), self.ratios - 1))  # fmt: skip
+    told = []
+    monkeypatch.setattr(search.SearchProgress, "stage", lambda self, name, steps: told.append(name))
+    found = compress(teacher, data, config, tmp_path / "within")
+    removed, student = lines(found.out, "final")
+    assert student["params"] == removed["params"] < most
+    assert student["accuracy"] == found.table["student"]["validation_accuracy"]
+    assert "training the best of shrinkage" in " ".join(told)
+
+
+def test_students_that_have_to_be_fast_are_not_made_wider(teacher, data, tmp_path):
+    whole = ArchitectureSpace(teacher, data.train.batch(torch.arange(2))[0]).teacher.params
+    config = replace(PLAIN, stages="shrinkage", updates=2, max_params=whole // 2)
+    alone = compress(teacher, data, config, tmp_path / "alone")
+    fast = compress(teacher, data, replace(config, max_latency=1e-6), tmp_path / "fast")
+    smallest = [min(r["params"] for r in lines(run.out)) for run in (alone, fast)]
+    assert smallest[1] < 0.8 * smallest[0]
+
+
 def test_policies_begin_by_imitating_the_best_anchor(result, teacher, data, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(search, "imitate", lambda *of: (shown.append(of), imitate(*of)))
