@@ -2,7 +2,8 @@
 
 Two teachers of the digits (a ResNet-14 and a ResNet-20), SEEDS seeds, searches for a tenth of the params and free ones:
 ROLLOUTS students a stage, tried as their fitted weights are, so that a search takes seconds. Each setting changes one
-thing of the first, the default; "chance" never learns. Figures are rewards: the mean of the last 25 students, and the
+thing of the first, the default; "chance" begins where the default does and never learns, "random search" draws from
+untrained policies. Figures are rewards: the mean of the last 25 students, and the
 best. Writes bench/results/policies.json after every search and leaves out those that are in it.
 """
 
@@ -40,19 +41,20 @@ def rates(rate):
 SETTINGS = {
     "default": {},
     "chance": rates(0.0),
+    "random search": {**rates(0.0), "keep_probability": 0.8},
+    "rate 0.001": rates(0.001),
+    "rate 0.003": rates(0.003),
+    "rate 0.01": rates(0.01),
+    "rate 0.02": rates(0.02),
     "the paper's rates, plain advantages": {
         "removal_learning_rate": 0.003,
         "shrinkage_learning_rate": 0.01,
         "normalise": False,
     },
-    "plain advantages": {"normalise": False},
-    "rate 0.01": rates(0.01),
-    "rate 0.05": rates(0.05),
-    "entropy 0.01": {"entropy": 0.01},
-    "entropy 0.03": {"entropy": 0.03},
-    "baseline 0.95": {"baseline_decay": 0.95},
-    "baseline 0.5": {"baseline_decay": 0.5},
     "begun at 0.8": {"keep_probability": 0.8},
+    "plain advantages": {"normalise": False},
+    "entropy 0.01": {"entropy": 0.01},
+    "baseline 0.95": {"baseline_decay": 0.95},
     "10 rollouts": {"rollouts": 10},
 }
 

@@ -31,7 +31,7 @@ class Setting:
             "calibrated": ArchitectureSpace(self.teacher, self.images[:1], self.images),
         }
         space = self.spaces["inherit"]
-        self.policy = ShrinkagePolicy(space.features().shape[1], len(RATIOS))
+        self.policy = ShrinkagePolicy(space.features().shape[1], RATIOS)
         self.mask = torch.tensor(space.choices(space.teacher)).T
         self.features = space.features()
         self.arch = space.shrink(space.teacher, [0.5] * len(space.layers))

@@ -41,8 +41,8 @@ class SearchConfig:
     # begin by imitating the best of the first anchors, 0.8 without anchors
     hidden: int = 30  # units of each LSTM layer
     lstm_layers: int = 2
-    removal_learning_rate: float = 0.02  # Adam's, stage 1; 0: the policy stays as it is, a random search
-    shrinkage_learning_rate: float = 0.02  # Adam's, stage 2; the same
+    removal_learning_rate: float = 0.003  # Adam's, stage 1; 0: the policy stays as it is, a random search
+    shrinkage_learning_rate: float = 0.003  # Adam's, stage 2; the same
     normalise: bool = True  # divide the advantages of an update by their root mean square
     entropy: float = 0.0  # weight of the policy's entropy, which holds it from settling early
     baseline_decay: float = 0.8  # of the moving average of rewards

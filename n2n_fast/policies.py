@@ -6,6 +6,7 @@ nothing are masked: they are drawn as "keep as it is" and add nothing to the log
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,8 +16,12 @@ KEEP_PROBABILITY = 0.8  # of untrained policies, where nothing tells more
 MOST_REMOVED = 0.7  # share of the layers, at severity 1
 MOST_CROPPED = 0.5  # share of the kernels, at severity 1
 UNEVENNESS = 0.3  # deviation of the widths, at severity 1
-IMITATION_RATE = 0.005  # Adam's; a larger one leads past the likeness that is wanted
+LIKENESS = 0.95  # with which a policy that imitates keeps a layer or a kernel as it is shown
+NEARNESS = 0.3  # deviation of the logarithms of its widths around those that it is shown
+IMITATED = 0.03  # nats for each choice, between what is wanted and what is drawn: near enough
+IMITATION_RATE = 0.005  # Adam's
 IMITATION_STEPS = 500  # at most
+IMITATION_SAMPLES = 8  # sequences for each step
 
 
 class RemovalPolicy(nn.Module):
@@ -24,8 +29,6 @@ class RemovalPolicy(nn.Module):
 
     keep_probability: of every layer before any training.
     """
-
-    likeness = 0.9  # of its actions to those that it imitates
 
     def __init__(
         self, features: int, hidden: int = 30, layers: int = 2, keep_probability: float = KEEP_PROBABILITY
@@ -52,6 +55,18 @@ class RemovalPolicy(nn.Module):
         keep: Tensor = torch.rand(len(mask), generator=generator) >= MOST_REMOVED * severity
         return (keep | ~mask).long()
 
+    def around(self, actions: Tensor) -> Tensor:
+        """Probability of keeping each layer, (layers,), which is high where `actions`, (layers,), do."""
+        return torch.where(actions == 1, LIKENESS, 1 - LIKENESS)
+
+    def divergence(self, x: Tensor, mask: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
+        """Nats by which the policy differs from the probabilities `wanted`, all free choices together."""
+        logits = self(x)
+        likelihood = wanted * nn.functional.logsigmoid(logits) + (1 - wanted) * nn.functional.logsigmoid(-logits)
+        entropy = -torch.xlogy(wanted, wanted) - torch.xlogy(1 - wanted, 1 - wanted)
+        total: Tensor = ((-likelihood - entropy) * mask).sum()
+        return total
+
     def log_prob(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
         """Log-probability of each of the action sequences (count, layers), (count,)."""
         logits = self(x).expand(len(actions), -1)
@@ -72,26 +87,26 @@ class ShrinkagePolicy(nn.Module):
     """π_shrink(a_t | a_{t-1}, h_{t-1}, x_t): an autoregressive LSTM that draws two ratios for each layer.
 
     An action is a pair of indices into the ratios, that of the channels and that of the kernel; the last ratio is 1.
-    keep_probability: of every kernel's size before any training; the widths' ratios are all about as likely.
+    ratios: the last of them 1. keep_probability: of every kernel's size before any training; the widths'
+    ratios are all about as likely.
     """
-
-    likeness = 0.3  # of its actions to those that it imitates
 
     def __init__(
         self,
         features: int,
-        ratios: int = 10,
+        ratios: Sequence[float],
         hidden: int = 30,
         layers: int = 2,
         keep_probability: float = KEEP_PROBABILITY,
     ) -> None:
         """Draw the initial weights from torch's global generator."""
         super().__init__()
-        self.ratios = ratios
-        self.lstm = nn.LSTM(features + 2 * ratios, hidden, layers, batch_first=True)
-        self.head = nn.Linear(hidden, 2 * ratios)
+        self.ratios = count = len(ratios)
+        self.log_ratios = [math.log(ratio) for ratio in ratios]
+        self.lstm = nn.LSTM(features + 2 * count, hidden, layers, batch_first=True)
+        self.head = nn.Linear(hidden, 2 * count)
         with torch.no_grad():  # most ratios make a 3x3 kernel 1x1, which few layers bear
-            self.head.bias[-1] = torch.logit(torch.tensor(keep_probability)) + math.log(max(1, ratios - 1))
+            self.head.bias[-1] = torch.logit(torch.tensor(keep_probability)) + math.log(max(1, count - 1))
 
     def forward(self, x: Tensor, previous: Tensor) -> Tensor:
         """Log-probabilities (count, layers, 2, ratios); x: (layers, features), previous actions: (count, layers, 2)."""
@@ -138,6 +153,26 @@ class ShrinkagePolicy(nn.Module):
         drawn = torch.stack([widths, torch.where(cropped, 0, last)], 1)
         return torch.where(mask, drawn, last)
 
+    def around(self, actions: Tensor) -> Tensor:
+        """Probabilities of all ratios, (layers, 2, ratios), high near the widths of `actions` and at their kernels."""
+        ratios = torch.tensor(self.log_ratios)
+        apart = (ratios - ratios[actions[:, :1]]) / NEARNESS
+        widths = (-0.5 * apart**2).softmax(1)
+        others = (1 - LIKENESS) / max(1, self.ratios - 1)
+        kernels = torch.full_like(widths, others).scatter(1, actions[:, 1:], LIKENESS)
+        return torch.stack([widths, kernels / kernels.sum(1, keepdim=True)], 1)
+
+    def divergence(self, x: Tensor, mask: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
+        """Nats by which the policy differs from the probabilities `wanted`, all free choices together.
+
+        Each given actions before it that are drawn as is wanted.
+        """
+        flat = wanted.flatten(0, 1)
+        drawn = torch.multinomial(flat, IMITATION_SAMPLES, replacement=True, generator=generator)
+        actions = drawn.T.reshape(IMITATION_SAMPLES, len(x), 2).where(mask, self.ratios - 1)
+        difference = torch.xlogy(wanted, wanted) - wanted * self._log_probs(x, actions)
+        return (difference.sum(3).mean(0) * mask).sum()
+
     def log_prob(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
         """Log-probability of each of the action sequences (count, layers, 2), (count,)."""
         log_probs = self._log_probs(x, actions)
@@ -157,18 +192,19 @@ class ShrinkagePolicy(nn.Module):
 
 
 def imitate(policy: RemovalPolicy | ShrinkagePolicy, x: Tensor, mask: Tensor, actions: Tensor) -> None:
-    """Train a policy until it draws each of these actions with the policy's `likeness`, in the geometric mean.
+    """Train a policy until what it draws lies around these actions.
 
     x: (layers, features); mask, actions: of one student, as `log_prob` takes them for many.
     """
-    free = max(1, int(mask.sum()))
+    free, wanted = max(1, int(mask.sum())), policy.around(actions)
+    generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(policy.parameters(), IMITATION_RATE)
     for _ in range(IMITATION_STEPS):
-        likelihood = policy.log_prob(x, mask, actions[None]).sum() / free
-        if likelihood.item() >= math.log(policy.likeness):
+        divergence = policy.divergence(x, mask, wanted, generator) / free
+        if divergence.item() <= IMITATED:
             return
         optimizer.zero_grad()
-        (-likelihood).backward()  # type: ignore[no-untyped-call]
+        divergence.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
 

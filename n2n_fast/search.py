@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from n2n_fast.student import independent_copy
 from n2n_fast.workers import Engine, Job, Workers, engine
 
 SPREAD_TRIES = 20  # at an anchor that is not degenerate
+MOST_TILTED = 0.75  # of the first anchors at a limit: powers of what narrowing a layer saves
 MOST_DIVERGED = 3  # full trainings, after which others are not tried either
 
 RewardFunction = Callable[[float, Cost], float]  # of the validation accuracy and of what the student costs
@@ -295,7 +296,7 @@ class _Search:
             if removes:
                 policy = RemovalPolicy(features, config.hidden, config.lstm_layers, keep)
             else:
-                policy = ShrinkagePolicy(features, len(config.ratios), config.hidden, config.lstm_layers, keep)
+                policy = ShrinkagePolicy(features, config.ratios, config.hidden, config.lstm_layers, keep)
         if self.policies:
             _transfer(policy, self.policies, name)
         rate = config.removal_learning_rate if removes else config.shrinkage_learning_rate
@@ -324,23 +325,25 @@ class _Search:
     ) -> Callable[[list[Any]], Architecture]:
         """From actions to an architecture, brought to the limits on params and MACs; limited: by objective, if it is.
 
-        Layers that are removed are judged by what is left of a student of the wanted size, evenly narrowed. A student
-        that is smaller than is rewarded gets wider, unless it has to be fast as well.
+        Layers that are removed are judged by what is left of a student of the wanted size, narrowed as a middle anchor.
+        A student that is smaller than is rewarded gets wider, unless it has to be fast as well.
         """
         config = self.config
-        ratios, even = config.ratios, [1.0] * len(space.layers)
-        limits: dict[str, Any] = {}
+        ratios, narrowed = config.ratios, [1.0] * len(space.layers)
+        limits: dict[str, int | None] = {}
+        grow = False
         if limited:
+            narrowed = space.tilted(MOST_TILTED / 2, _limited(limited, config.objective))
+            limits = {"params": config.max_params, "macs": config.max_macs}
             grow = self.reward is None and config.objective in limited and "latency" not in limited
-            limits = {"params": config.max_params, "macs": config.max_macs, "grow": grow}
 
         def remove(actions: list[int]) -> Architecture:
             removed = space.remove(space.teacher, [action == 1 for action in actions])
-            return space.shrink_within(removed, even, **limits)
+            return space.shrink_within(removed, narrowed, **limits, grow=bool(limited))
 
         def shrink(actions: list[list[int]]) -> Architecture:
             channels, kernels = ([ratios[index] for index in indices] for indices in zip(*actions, strict=True))
-            return space.shrink_within(space.teacher, channels, kernels, **limits)
+            return space.shrink_within(space.teacher, channels, kernels, **limits, grow=grow)
 
         return remove if stage == "removal" else shrink
 
@@ -609,17 +612,31 @@ class _Search:
     def _spread(self, stage: _Stage, number: int) -> tuple[Tensor, Architecture] | None:
         """Actions and architecture of one of the first anchors, from mild to severe; None if none was found.
 
-        At the limits the mildest is the teacher, evenly narrowed.
+        At the limits the mildest is the teacher, narrowed. In stage 2 that is done evenly, for those after it more
+        where it saves more, for the last by chance: the map has to know what bad students come to.
         """
-        severity = (number if stage.at_limits else number + 0.5) / self.config.anchors
+        count = self.config.anchors
+        severity = (number if stage.at_limits else number + 0.5) / count
         others = {key for key, *_ in stage.anchors[:number]}
         generator = torch.Generator().manual_seed(derived(self.config.seed, stage.name, "anchor", number))
-        for _ in range(SPREAD_TRIES):
-            actions = stage.policy.spread(stage.mask, severity, generator)
+        tilts = stage.at_limits and stage.name == "shrinkage" and number < max(1, count - 1)
+        for attempt in range(SPREAD_TRIES):
+            if tilts and attempt == 0:
+                actions = self._tilted(stage, MOST_TILTED * number / max(1, count - 2))
+            else:
+                actions = stage.policy.spread(stage.mask, severity, generator)
             arch = self._architecture(stage, actions.tolist())
             if isinstance(arch, Architecture) and arch.key not in others:
                 return actions, arch
         return None
+
+    def _tilted(self, stage: _Stage, tilt: float) -> Tensor:
+        """Actions next to the space's tilted ratios: a limited student does best to save where most is to be saved."""
+        wanted = torch.tensor(stage.space.tilted(tilt, _limited(stage.enough, self.config.objective)))
+        ratios = torch.tensor(self.config.ratios)
+        nearest = (ratios.log() - wanted[:, None].log()).abs().argmin(1)
+        unchanged = torch.full_like(nearest, len(ratios) - 1)
+        return torch.stack([nearest, unchanged], 1).where(stage.mask, len(ratios) - 1)
 
     def _begin_at_the_best_anchor(self, stage: _Stage, features: Tensor) -> None:
         """Let the policy imitate the best of the first anchors, unless it was told how to begin, or was trained."""
@@ -765,6 +782,11 @@ class _Search:
         index = torch.randperm(len(split), generator=generator)[: self.config.calibration_images]
         images, _ = split.batch(index.to(self.device))
         return images
+
+
+def _limited(limited: Collection[str], objective: str) -> str:
+    """Which of the limited costs that an architecture has without being built students are to save."""
+    return next(name for name in (objective, "params", "macs") if name in limited and name != "latency")
 
 
 def _better(rollout: Rollout, best: Rollout) -> bool:

@@ -196,6 +196,27 @@ class ArchitectureSpace:
         ]
         return [i in deciders for i in range(len(self.layers))], kernels
 
+    def tilted(self, tilt: float, objective: str = "params") -> list[float]:
+        """Channel ratios that narrow each of the teacher's layers by the power -tilt of what that saves, one a layer.
+
+        What saves least keeps 1, as do layers whose ratio changes nothing. 0 leaves all at 1; at 0.5 the layers come to
+        about the same cost. objective: "params" or "macs", which is to be saved.
+        """
+        savings = self._savings(objective)
+        least = min((saved for saved in savings if saved > 0), default=1.0)
+        return [(saved / least) ** -tilt if saved > 0 else 1.0 for saved in savings]
+
+    def _savings(self, objective: str) -> list[float]:
+        """What halving a layer's channel ratio saves of the teacher's cost, by layer that writes these channels."""
+        teacher, found = self.teacher, [0.0] * len(self.layers)
+        for factors in self._classes(teacher.keep):
+            decider = self._decider(factors, teacher.keep)
+            if decider is not None:
+                halved = self.shrink(teacher, [0.5 if i == decider else 1.0 for i in range(len(self.layers))])
+                writers = {i for g in factors for i in self._traced.writers[g]}
+                found[decider] = (getattr(teacher, objective) - getattr(halved, objective)) / len(writers)
+        return found
+
     def widths(self, arch: Architecture) -> list[int | None]:
         """Output channels of every layer in an architecture, None where a layer has no channel axis of its own.
 

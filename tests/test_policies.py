@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from n2n_fast.policies import RemovalPolicy, ShrinkagePolicy, imitate
+from n2n_fast.policies import LIKENESS, RemovalPolicy, ShrinkagePolicy, imitate
 
 Policy = RemovalPolicy | ShrinkagePolicy
 FEATURES, LAYERS, RATIOS = 5, 6, 4
@@ -17,7 +17,8 @@ KINDS = ["removal", "shrinkage"]
 
 def make(kind: str, seed: int = 0, ratios: int = RATIOS) -> Policy:
     torch.manual_seed(seed)
-    return RemovalPolicy(FEATURES, 12) if kind == "removal" else ShrinkagePolicy(FEATURES, ratios, 12)
+    of = [(i + 1) / ratios for i in range(ratios)]
+    return RemovalPolicy(FEATURES, 12) if kind == "removal" else ShrinkagePolicy(FEATURES, of, 12)
 
 
 def sequence(layers: int = LAYERS) -> Tensor:
@@ -90,18 +91,36 @@ def test_removal_starts_at_its_keep_probability() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_policy_that_imitates_draws_mostly_what_it_was_shown(kind: str) -> None:
+def test_a_policy_that_imitates_draws_around_what_it_was_shown(kind: str) -> None:
     policy, x, mask = make(kind), sequence(), mask_of(kind, [True, True, False, True, True, True])
     shown = policy.spread(mask, 0.7, torch.Generator().manual_seed(3))
-    before = (sample(policy, x, mask, 400) == shown)[:, mask].double().mean().item()
     imitate(policy, x, mask, shown)
-    drawn = sample(policy, x, mask, 400)
-    after = (drawn == shown)[:, mask].double().mean().item()
-    assert after > before
-    assert after == pytest.approx(policy.likeness, abs=0.15)
+    drawn = sample(policy, x, mask, 2000)
+    wanted = policy.around(shown)
+    if kind == "removal":
+        found = drawn.double().mean(0)
+        assert torch.allclose(wanted, torch.where(shown == 1, LIKENESS, 1 - LIKENESS))
+    else:
+        found = nn.functional.one_hot(drawn, RATIOS).double().mean(0)
+        assert torch.allclose(wanted.sum(2), torch.ones(LAYERS, 2))
+        assert torch.equal(wanted.argmax(2), shown)
+        assert (wanted[:, 1].max(1).values >= LIKENESS - 1e-6).all()
+    assert torch.allclose(found[mask], wanted[mask].double(), atol=0.12)
     assert (drawn != shown).any()
     imitate(policy, x, torch.zeros_like(mask), shown)  # nothing to choose: nothing to learn
-    assert torch.equal(sample(policy, x, mask, 400), drawn)
+    assert torch.equal(sample(policy, x, mask, 2000), drawn)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_divergence_is_none_from_what_a_policy_draws_itself(kind: str) -> None:
+    policy, x, mask = make(kind), sequence(1), mask_of(kind, [True])
+    generator = torch.Generator().manual_seed(0)
+    first = torch.full((1, 1, 2), RATIOS - 1)
+    own = policy(x).sigmoid() if kind == "removal" else policy(x, first)[0].exp()
+    assert policy.divergence(x, mask, own.detach(), generator).item() == pytest.approx(0, abs=1e-5)
+    other = policy.around(policy.spread(mask, 0.5, generator))
+    assert policy.divergence(x, mask, other, generator).item() > 0.01
+    assert policy.divergence(x, torch.zeros_like(mask), other, generator).item() == 0
 
 
 def test_removal_log_prob_is_the_product_of_the_layers_probabilities() -> None:

@@ -18,7 +18,7 @@ from n2n_fast.proxy import ProxyMap
 from n2n_fast.result import load_student
 from n2n_fast.reward import Constraints, Cost, reward
 from n2n_fast.run_directory import Interrupted
-from n2n_fast.search import compress
+from n2n_fast.search import MOST_TILTED, compress
 from n2n_fast.space import ArchitectureSpace
 from n2n_fast.teacher import SmallResNet
 from quarters import TINY, quarters, taught
@@ -213,8 +213,16 @@ def test_students_are_brought_to_the_limits(objective, limited, teacher, data, t
             counted = max(r[objective], limit) if objective == limited else r[objective]
             assert r["reward"] == reward(r["accuracy"], counted, of["validation_accuracy"], of[objective])
     mildest = next(a for a in lines(found.out, "anchor") if (a["stage"], a["index"]) == ("removal", 0))
-    evenly = space.shrink_within(space.teacher, [1.0] * len(space.layers), **{limited: limit})
-    assert (mildest["params"], mildest["macs"]) == (evenly.params, evenly.macs)  # the teacher, evenly narrowed
+    narrowed = space.shrink_within(space.teacher, space.tilted(MOST_TILTED / 2, limited), **{limited: limit})
+    assert (mildest["params"], mildest["macs"]) == (narrowed.params, narrowed.macs)
+
+
+def test_anchors_at_a_limit_save_ever_more_where_most_is_to_be_saved(teacher, data, tmp_path):
+    space = ArchitectureSpace(teacher, data.train.batch(torch.arange(2))[0])
+    config = replace(TINY, updates=1, anchors=4, max_params=space.teacher.params // 5)
+    found = compress(teacher, data, config, tmp_path / "tilted")
+    mild, tilted, most, _ = (a["macs"] for a in lines(found.out, "anchor") if a["stage"] == "shrinkage")
+    assert mild < tilted < most  # early layers have few params and large images
 
 
 def test_what_the_first_stage_removes_is_shrunk_by_the_second_alone(teacher, data, tmp_path):

@@ -372,6 +372,32 @@ def test_shrinking_within_no_limits_is_shrinking() -> None:
                 space.shrink_within(space.teacher, wrong, params=1, grow=grow)
 
 
+@pytest.mark.parametrize("objective", ["params", "macs"])
+@pytest.mark.parametrize("name", ["chain", "cifar_resnet", "mobile", "dense"])
+def test_tilted_ratios_fall_as_what_narrowing_a_layer_saves(name: str, objective: str) -> None:
+    space = space_of(name)
+    assert space.tilted(0, objective) == [1.0] * len(space.layers)
+    once, twice = space.tilted(0.4, objective), space.tilted(0.8, objective)
+    assert twice == pytest.approx([ratio**2 for ratio in once])
+    free, _ = space.choices(space.teacher)
+    assert max(ratio for ratio, is_free in zip(once, free, strict=True) if is_free) == 1
+    assert {ratio for ratio, is_free in zip(once, free, strict=True) if not is_free} <= {1.0}
+
+
+def test_tilted_ratios_of_a_chain_let_the_layers_cost_the_same() -> None:
+    """Three convolutions of 3x3 between 8, 16 and 32 channels: what halving a width saves is known."""
+    net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 32, 3), nn.Conv2d(32, 4, 3))
+    space = ArchitectureSpace(net, torch.randn(1, 8, 16, 16))
+    saved = [
+        9 * (4 * 8 + 4 * 16) + 4,
+        9 * (8 * 8 + 8 * 32) + 8,
+        9 * (16 * 16 + 16 * 4) + 16,
+    ]
+    expected = [(saved[0] / found) ** 0.5 for found in saved]
+    assert space.tilted(0.5)[:3] == pytest.approx(expected)
+    assert space.tilted(0.5)[3] == 1
+
+
 @pytest.mark.parametrize("name", ["chain", "cifar_resnet", "bottlenecks", "resnext", "mobile", "dense"])
 @given(SEEDS)
 @settings(deadline=None, max_examples=10)

@@ -9,21 +9,28 @@ T-proxy-N            student N of 30 drawn over the whole range (removals and wi
                      steps, and after 1 and 10 epochs of distillation
 T-anchor-N           the same of 6 more, to which the map of accuracies is fitted
 T-search-SEED        the search as it is for a student 50 (A) or 10 (B) times smaller, which is trained fully
-T-chance-SEED        the same search with policies that never learn
+T-chance-SEED        the same with policies that begin at the best anchor, as ever, but never learn; its best student
+                     is not trained
+T-random-SEED        the same with policies that are not trained at all: random search in the same space
 B-free-0             an earlier search without a limit, its policies not begun at an anchor; kept, not run again, as its
                      teacher of 8 epochs was not
 B-uncapped-0         T-search-0 when more compression than the limit asks for was still rewarded; kept, not run again
 B-capped-0           T-search-0 before an anchor was put at the limit; the same
 B-removed-0          T-search-0 when students of the first stage were not yet brought to the limit; the same
+T-even-0, B-even-smaller-0  T-search-0 and B-smaller-0 when the first anchors at the limit were narrowed evenly and by
+                     chance, and policies began further from the best and learned faster; the same
 T-smaller-SEED       as T-search-SEED, divided by 16 (B alone)
 T-paper-SEED         the paper's protocol for as long as T-search-SEED took
 T-pruned-SEED        one-shot uniform L1 pruning (Torch-Pruning) to the params of T-search-SEED's student, trained alike
+T-tilt-HUNDREDTHS    no search: the teacher at the limit of T-search, layers narrowed by this power of what that saves
+                     (`ArchitectureSpace.tilted`), fitted and trained alike
 T-dense-SEED         the teacher's own net, uniformly narrower, with at least as many params, trained alike from scratch
 
 Tables of what is there: python bench/fashion_mnist/tables.py.
 """
 
 import argparse
+import functools
 import json
 import shutil
 import time
@@ -45,6 +52,7 @@ HERE = Path(__file__).parent / "results"
 WORK = Path("build") / "fashion_mnist"  # what is too large to keep
 STUDENTS, ANCHORS = 30, 6
 SEEDS = (0, 1, 2)
+TILTS = (0, 25, 50, 75)
 CPU = torch.device("cpu")
 SMALLER = {"search": {"A": 50, "B": 10}, "smaller": {"B": 16}}  # the fewest times that a search is asked for
 TEACHERS = {
@@ -52,22 +60,19 @@ TEACHERS = {
     "B": {"arch": "resnet32", "channels": 1, "image_size": 28, "epochs": 14.0},
 }
 # What is searched, by teacher: budgets that the wall-clock of an hour and of half an hour allow.
-SHORT = {
-    "updates": 12,
-    "anchors": 4,
-    "anchor_epochs": 0.25,
-    "anchor_every": 6,
-    "stage_epochs": 0.5,
-    "final_epochs": 8.0,
-    "keep_top": 1,
-}
-BUDGETS = {"A": SHORT, "B": {**SHORT, "updates": 20, "rollout_steps": 10, "final_epochs": 12.0}}
+SHORT = {"anchors": 4, "anchor_epochs": 0.25, "anchor_every": 10, "stage_epochs": 0.5}
+BUDGETS = {
+    "A": {**SHORT, "updates": 40, "removal_learning_rate": 0.001, "shrinkage_learning_rate": 0.001,
+          "final_epochs": 24.0, "keep_top": 2},
+    "B": {**SHORT, "updates": 30, "rollout_steps": 10, "final_epochs": 20.0, "keep_top": 1},
+}  # fmt: skip
 
 
-def images(directory, name, seed=0):
+@functools.cache
+def images(directory, name):
     of = TEACHERS[name]
     spec = f"fashion-mnist:{directory}"
-    return n2n_fast.load(spec, image_size=of["image_size"], channels=of["channels"], seed=seed)
+    return n2n_fast.load(spec, image_size=of["image_size"], channels=of["channels"], seed=0)
 
 
 def teacher_file(name):
@@ -79,6 +84,24 @@ def trained_teacher(directory, name):
     if not teacher_file(name).exists():
         teach(directory, name)
     return teacher.load_teacher(teacher_file(name))
+
+
+@functools.cache
+def teacher_logits(directory, name):
+    """The teacher's logits for the training images, which pieces of one process share."""
+    return TeacherLogits(trained_teacher(directory, name), images(directory, name).train)
+
+
+def calibration(directory, name):
+    """512 training images, to which weights are fitted."""
+    train = images(directory, name).train
+    return train.batch(torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:512])[0]
+
+
+def calibrated(directory, name):
+    """The teacher's space, whose students are fitted."""
+    fitted = calibration(directory, name)
+    return n2n_fast.ArchitectureSpace(trained_teacher(directory, name), fitted[:2], fitted)
 
 
 def teach(directory, name):
@@ -115,17 +138,13 @@ def drawn(space, rng):
 
 
 def proxy(directory, name, number):
-    found, model = images(directory, name), trained_teacher(directory, name)
-    logits = TeacherLogits(model, found.train)
-    calibration = found.train.batch(torch.randperm(len(found.train), generator=torch.Generator().manual_seed(0))[:512])[
-        0
-    ]
-    space = n2n_fast.ArchitectureSpace(model, calibration[:2], calibration)
+    found, space = images(directory, name), calibrated(directory, name)
     arch = drawn(space, np.random.default_rng(number))
     row = {"params": arch.params, "macs": arch.macs, "teacher_params": space.teacher.params,
-           "teacher": accuracy(model, found.validation)}  # fmt: skip
+           "teacher": accuracy(trained_teacher(directory, name), found.validation)}  # fmt: skip
     for steps in (0, 20, 50):
-        evaluator = Evaluator("proxy", space, found, logits, calibration, SearchConfig(rollout_steps=steps))
+        given = teacher_logits(directory, name), calibration(directory, name), SearchConfig(rollout_steps=steps)
+        evaluator = Evaluator("proxy", space, found, *given)
         evaluation = evaluator.evaluate(arch, seed=0)
         row[f"steps {steps}"] = evaluation.accuracy
         row[f"seconds {steps}"] = sum(evaluation.seconds.values())
@@ -141,7 +160,7 @@ def proxy(directory, name, number):
 
 def searched(directory, name, seed, piece, progress=None, asked="search", **settings):
     """Run a search in WORK, going on with one that was cut off, and keep its result and history."""
-    found, model = images(directory, name, seed), trained_teacher(directory, name)
+    found, model = images(directory, name), trained_teacher(directory, name)
     out = WORK / piece
     most = sum(p.numel() for p in model.parameters()) // SMALLER[asked][name]
     config = SearchConfig(**{**BUDGETS[name], "max_params": most, **settings, "seed": seed})
@@ -177,9 +196,16 @@ def smaller(directory, name, seed):
     return searched(directory, name, seed, f"{name}-smaller-{seed}", asked="smaller")
 
 
+# Policies that never learn, whose best student is not trained: rewards are all that is compared.
+NEVER = {"removal_learning_rate": 0.0, "shrinkage_learning_rate": 0.0, "final_epochs": 0.0}
+
+
 def chance(directory, name, seed):
-    never = {"removal_learning_rate": 0.0, "shrinkage_learning_rate": 0.0}
-    return searched(directory, name, seed, f"{name}-chance-{seed}", **never)
+    return searched(directory, name, seed, f"{name}-chance-{seed}", **NEVER)
+
+
+def random(directory, name, seed):
+    return searched(directory, name, seed, f"{name}-random-{seed}", **NEVER, keep_probability=0.8)
 
 
 def paper(directory, name, seed):
@@ -193,11 +219,11 @@ def paper(directory, name, seed):
 
 def trained_alike(directory, name, seed, model):
     """A net trained as a search trains its best student, from the weights that it has."""
-    found, parent = images(directory, name, seed), trained_teacher(directory, name)
+    found, logits = images(directory, name), teacher_logits(directory, name)
     config = SearchConfig(**BUDGETS[name])
     views = found.augmentation.views if found.augmentation else None
-    batches = Batches(found.train, TeacherLogits(parent, found.train), config.final_epochs, config.batch_size,
-                      found.augmentation, seed, views=views)  # fmt: skip
+    given = config.final_epochs, config.batch_size, found.augmentation, seed
+    batches = Batches(found.train, logits, *given, views=views)
     start = time.perf_counter()
     with seeded(seed, CPU):
         fit(model, batches, learning_rate=config.final_learning_rate, kd_weight=config.kd_weight)
@@ -205,11 +231,21 @@ def trained_alike(directory, name, seed, model):
     return {"params": params, "seconds": time.perf_counter() - start, **accuracies(model, found)}
 
 
+def tilt(directory, name, hundredths):
+    found, space = images(directory, name), calibrated(directory, name)
+    ratios = space.tilted(hundredths / 100)
+    most = space.teacher.params // SMALLER["search"][name]
+    arch = space.shrink_within(space.teacher, ratios, params=most, grow=True)
+    model = space.build(arch, "reconstructed")
+    before = accuracy(model, found.validation)
+    return {"macs": arch.macs, "validation_before_training": before, **trained_alike(directory, name, 0, model)}
+
+
 def pruned(directory, name, seed):
     import torch_pruning
 
     most = need(f"{name}-search-{seed}")["table"]["student"]["params"]
-    found = images(directory, name, seed)
+    found = images(directory, name)
     example = found.train.batch(torch.arange(2))[0]
     mild, severe = 0.0, 0.99
     for _ in range(12):  # until the mildest ratio that gives no more params than the search's student is found
@@ -233,7 +269,7 @@ def pruned(directory, name, seed):
 def dense(directory, name, seed):
     """Uniformly narrower than the teacher, weights drawn at random: the least with the search's student's params."""
     least = need(f"{name}-search-{seed}")["table"]["student"]["params"]
-    found = images(directory, name, seed)
+    found = images(directory, name)
     space = n2n_fast.ArchitectureSpace(trained_teacher(directory, name), found.train.batch(torch.arange(2))[0])
     ratios = np.linspace(0.05, 1, 400)
     archs = (space.shrink(space.teacher, [float(ratio)] * len(space.layers)) for ratio in ratios)
@@ -253,7 +289,7 @@ def pieces():
     """Every piece in the order of its worth."""
     for name in ("B", "A"):
         yield f"{name}-teacher", teach, (name,)
-    kinds = {"search": search, "chance": chance, "pruned": pruned, "dense": dense, "paper": paper}
+    kinds = {"search": search, "chance": chance, "random": random, "pruned": pruned, "dense": dense, "paper": paper}
     for seed in SEEDS:
         for name in ("B", "A"):
             for kind, make in kinds.items():
@@ -261,6 +297,8 @@ def pieces():
             if name in SMALLER["smaller"]:
                 yield f"{name}-smaller-{seed}", smaller, (name, seed)
         for name in ("B", "A"):
+            for hundredths in TILTS if seed == SEEDS[0] else ():
+                yield f"{name}-tilt-{hundredths}", tilt, (name, hundredths)
             for number in range(ANCHORS if seed == SEEDS[0] else 0):
                 yield f"{name}-anchor-{number}", proxy, (name, STUDENTS + number)
             for number in range(STUDENTS * seed // len(SEEDS), STUDENTS * (seed + 1) // len(SEEDS)):
@@ -283,5 +321,5 @@ if __name__ == "__main__":
         begun = time.perf_counter()
         content = make(asked.directory, *given)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        path.write_text(json.dumps({**content, "threads": torch.get_num_threads()}, indent=1) + "\n")
         print(f"{piece}: {time.perf_counter() - begun:.0f} s", flush=True)
