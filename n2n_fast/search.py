@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -330,20 +331,19 @@ class _Search:
         """
         config = self.config
         ratios, narrowed = config.ratios, [1.0] * len(space.layers)
-        limits: dict[str, int | None] = {}
-        grow = False
+        within, grow = space.shrink_within, False
         if limited:
             narrowed = space.tilted(MOST_TILTED / 2, _limited(limited, config.objective))
-            limits = {"params": config.max_params, "macs": config.max_macs}
+            within = functools.partial(space.shrink_within, params=config.max_params, macs=config.max_macs)
             grow = self.reward is None and config.objective in limited and "latency" not in limited
 
         def remove(actions: list[int]) -> Architecture:
             removed = space.remove(space.teacher, [action == 1 for action in actions])
-            return space.shrink_within(removed, narrowed, **limits, grow=bool(limited))
+            return within(removed, narrowed, grow=bool(limited))
 
         def shrink(actions: list[list[int]]) -> Architecture:
             channels, kernels = ([ratios[index] for index in indices] for indices in zip(*actions, strict=True))
-            return space.shrink_within(space.teacher, channels, kernels, **limits, grow=grow)
+            return within(space.teacher, channels, kernels, grow=grow)
 
         return remove if stage == "removal" else shrink
 

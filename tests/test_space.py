@@ -332,7 +332,7 @@ def test_remove_after_shrink_takes_the_narrower_of_the_shrunk() -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(seed=SEEDS, share=st.floats(0.02, 1.1), by=st.sampled_from(["params", "macs"]), grow=st.booleans())
 def test_shrinking_within_limits_goes_just_as_far_as_needed(name: str, seed: int, share: float, by: str, grow: bool):
     space, rng = space_of(name), random.Random(seed)

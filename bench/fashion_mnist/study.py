@@ -20,6 +20,8 @@ B-removed-0          T-search-0 when students of the first stage were not yet br
 T-even-0, B-even-smaller-0  T-search-0 and B-smaller-0 when the first anchors at the limit were narrowed evenly and by
                      chance, and policies began further from the best and learned faster; the same
 T-smaller-SEED       as T-search-SEED, divided by 16 (B alone)
+T-longer-SEED        as T-search-SEED, its student trained for 20 epochs (B alone; the first of them went on from
+                     T-search-SEED's journal, and their seconds are those of both)
 T-paper-SEED         the paper's protocol for as long as T-search-SEED took
 T-pruned-SEED        one-shot uniform L1 pruning (Torch-Pruning) to the params of T-search-SEED's student, trained alike
 T-tilt-HUNDREDTHS    no search: the teacher at the limit of T-search, layers narrowed by this power of what that saves
@@ -63,8 +65,8 @@ TEACHERS = {
 SHORT = {"anchors": 4, "anchor_epochs": 0.25, "anchor_every": 10, "stage_epochs": 0.5}
 BUDGETS = {
     "A": {**SHORT, "updates": 40, "removal_learning_rate": 0.001, "shrinkage_learning_rate": 0.001,
-          "final_epochs": 24.0, "keep_top": 2},
-    "B": {**SHORT, "updates": 30, "rollout_steps": 10, "final_epochs": 20.0, "keep_top": 1},
+          "final_epochs": 8.0, "keep_top": 2},
+    "B": {**SHORT, "updates": 30, "rollout_steps": 10, "final_epochs": 12.0, "keep_top": 1},
 }  # fmt: skip
 
 
@@ -196,6 +198,10 @@ def smaller(directory, name, seed):
     return searched(directory, name, seed, f"{name}-smaller-{seed}", asked="smaller")
 
 
+def longer(directory, name, seed):
+    return searched(directory, name, seed, f"{name}-longer-{seed}", final_epochs=20.0)
+
+
 # Policies that never learn, whose best student is not trained: rewards are all that is compared.
 NEVER = {"removal_learning_rate": 0.0, "shrinkage_learning_rate": 0.0, "final_epochs": 0.0}
 
@@ -296,6 +302,7 @@ def pieces():
                 yield f"{name}-{kind}-{seed}", make, (name, seed)
             if name in SMALLER["smaller"]:
                 yield f"{name}-smaller-{seed}", smaller, (name, seed)
+                yield f"{name}-longer-{seed}", longer, (name, seed)
         for name in ("B", "A"):
             for hundredths in TILTS if seed == SEEDS[0] else ():
                 yield f"{name}-tilt-{hundredths}", tilt, (name, hundredths)

@@ -4,12 +4,16 @@ import json
 import statistics
 
 import numpy as np
-from study import ANCHORS, HERE, SEEDS, STUDENTS, need
+from study import ANCHORS, HERE, SEEDS, STUDENTS, TILTS, need
 
 from n2n_fast.proxy import Anchor, ProxyMap
 from n2n_fast.reward import reward
 
 STEPS = (0, 20, 50)
+STAGES = ("removal", "shrinkage")
+SEARCHES = ("search", "longer", "chance", "random", "smaller")
+COMPARED = ("search", "chance", "random")
+UNTRAINED = ("chance", "random")
 
 
 def there(piece):
@@ -59,29 +63,75 @@ def proxy_table(name):
         print(text)
 
 
+def of_seeds(values):
+    """Mean and deviation over seeds."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
 def search_table(name):
     """The result of every search and of the controls of its size."""
-    found = there(f"{name}-teacher")
-    if found is None:
+    teacher = there(f"{name}-teacher")
+    if teacher is None:
         return
-    print(f"\n{name}: teacher {found['params']:,} params, test {found['test']:.2%}")
-    for kind in ("free", "search", "chance", "pruned", "dense", "paper", "smaller"):
-        for seed in SEEDS:
-            piece = there(f"{name}-{kind}-{seed}")
-            if piece is None:
-                continue
-            text = f"  {kind} {seed}: {piece['seconds'] / 60:.0f} min"
+    print(f"\n{name}: teacher {teacher['params']:,} params, test {teacher['test']:.2%}")
+    for kind in ("free", "uncapped", "capped", "removed", "even", "even-smaller", *SEARCHES, "pruned", "dense", "tilt"):
+        numbers = TILTS if kind == "tilt" else SEEDS
+        found = {number: piece for number in numbers if (piece := there(f"{name}-{kind}-{number}"))}
+        tests = []
+        for number, piece in found.items():
+            text = f"  {kind} {number}: {piece['seconds'] / 60:.0f} min"
             student = piece["table"]["student"] if piece.get("table") else piece
-            if "params" in student:
-                test = student.get("test_accuracy", student.get("test"))
-                text += f", {student['params']:,} params ({found['params'] / student['params']:.1f}x), test {test:.2%}"
-            for stage in ("removal", "shrinkage"):
-                rollouts = [line for line in history(f"{name}-{kind}-{seed}") if line["stage"] == stage]
+            test = student.get("test_accuracy", student.get("test"))
+            if test is not None and kind not in UNTRAINED:
+                tests.append(100 * test)
+                times = teacher["params"] / student["params"]
+                text += f", {student['params']:,} params ({times:.1f}x), test {test:.2%}"
+            for stage in STAGES:
+                rollouts = rewards_of(f"{name}-{kind}-{number}", stage)
                 if rollouts:
-                    best = max(line["reward"] for line in rollouts)
-                    late = statistics.mean(line["reward"] for line in rollouts[-20:])
-                    text += f"; {stage}: best {best:.4f}, last 20 {late:.3f} of {len(rollouts)}"
+                    late = statistics.mean(rollouts[-20:])
+                    text += f"; {stage}: best {max(rollouts):.4f}, last 20 {late:.3f} of {len(rollouts)}"
             print(text)
+        if kind != "tilt" and len(tests) > 1:
+            below = of_seeds([100 * teacher["test"] - test for test in tests])
+            print(f"  {kind}, all seeds: {of_seeds(tests)}%, {below} below the teacher")
+    reward_table(name)
+    paper_table(name, teacher)
+
+
+def rewards_of(piece, stage):
+    return [line["reward"] for line in history(piece) if line["stage"] == stage]
+
+
+def reward_table(name):
+    """The best reward of as many rollouts: policies that learn, that only imitate the best anchor, that do neither."""
+    for stage in STAGES:
+        pieces = {kind: [rewards_of(f"{name}-{kind}-{seed}", stage) for seed in SEEDS] for kind in COMPARED}
+        for kind, runs in pieces.items():
+            whole = [run for run in runs if run]
+            if whole:
+                best = [max(run) for run in whole]
+                error = f" ± {statistics.stdev(best) / len(best) ** 0.5:.4f} (standard error)" if len(best) > 1 else ""
+                means = ", ".join(f"{statistics.mean(run):.3f}" for run in whole)
+                print(f"  {stage}, {kind}: best reward {statistics.mean(best):.4f}{error}; means {means}")
+
+
+def paper_table(name, teacher):
+    """Reward of what a search delivered, the best of the paper's protocol after as much time, and rollouts an hour."""
+    for seed in SEEDS:
+        ours, paper = there(f"{name}-search-{seed}"), there(f"{name}-paper-{seed}")
+        if ours is None or paper is None:
+            continue
+        student = ours["table"]["student"]
+        reached = reward(student["validation_accuracy"], student["params"], teacher["validation"], teacher["params"])
+        theirs = history(f"{name}-paper-{seed}")
+        fast = [line for line in history(f"{name}-search-{seed}") if not line["cached"]]
+        hourly = [3600 / statistics.mean(sum(line["seconds"].values()) for line in run) for run in (fast, theirs)]
+        print(
+            f"  paper {seed}: best reward {max(line['reward'] for line in theirs):.4f} of {len(theirs)}, "
+            f"the search's student {reached:.4f}; {hourly[1]:.0f} and {hourly[0]:.0f} rollouts an hour"
+        )
 
 
 if __name__ == "__main__":
