@@ -62,8 +62,9 @@ def plan(teacher: nn.Module, data: ImageData, config: SearchConfig) -> Plan:
     timed = replace(config, epochs=None, rollout_steps=min(TIMED_STEPS, steps))
     names, stages = STAGES[config.stages], []
     for name in names:
-        found = _timed(name, space, Evaluator(name, space, data, logits, images, timed))
-        stages.append(_stage(name, space, found, timed, config, data, last=name == names[-1]))
+        last = name == names[-1]
+        found = _timed(name, space, Evaluator(name, space, data, logits, images, timed), last)
+        stages.append(_stage(name, space, found, timed, config, data, last))
     seconds = sum(stage.seconds for stage in stages) + _logits_seconds(logits, data, config)
     return Plan(space.teacher.params, space.teacher.macs, tuple(stages), seconds, space.warnings)
 
@@ -116,11 +117,11 @@ def _shrinkages(space: ArchitectureSpace, ratios: tuple[float, ...]) -> tuple[in
     return count, total
 
 
-def _timed(name: str, space: ArchitectureSpace, evaluator: Evaluator) -> Evaluation:
+def _timed(name: str, space: ArchitectureSpace, evaluator: Evaluator, last: bool) -> Evaluation:
     """The second of two rollouts: the first prepares what all others share."""
     config = evaluator.config
     rng = random.Random(derived(config.seed, "plan", name))
-    drawn = (arch for _ in range(TRIES) if (arch := _drawn(name, space, config, rng)) is not None)
+    drawn = (arch for _ in range(TRIES) if (arch := _drawn(name, space, config, rng, last)) is not None)
     found = [evaluator.evaluate(arch, seed) for seed, arch in zip(range(2), drawn, strict=False)]
     if len(found) < 2:
         raise BadInput(
@@ -129,13 +130,23 @@ def _timed(name: str, space: ArchitectureSpace, evaluator: Evaluator) -> Evaluat
     return found[1]
 
 
-def _drawn(name: str, space: ArchitectureSpace, config: SearchConfig, rng: random.Random) -> Architecture | None:
-    """An architecture as an untrained policy proposes them; None for one that cannot exist."""
+def _drawn(
+    name: str, space: ArchitectureSpace, config: SearchConfig, rng: random.Random, last: bool
+) -> Architecture | None:
+    """An architecture as an untrained policy proposes them, at the limits on params and MACs; None where none can be.
+
+    Removals that no shrinkage follows are brought to no limit.
+    """
     count, keep = len(space.layers), config.keep_probability or KEEP_PROBABILITY
+    limited = name != "removal" or not last
+    params, macs = (config.max_params, config.max_macs) if limited else (None, None)
     try:
+        kept, ratios = space.teacher, [1.0] * count
         if name == "removal":
-            return space.remove(space.teacher, [rng.random() < keep for _ in range(count)])
-        return space.shrink(space.teacher, rng.choices(config.ratios, k=count))
+            kept = space.remove(kept, [rng.random() < keep for _ in range(count)])
+        else:
+            ratios = rng.choices(config.ratios, k=count)
+        return space.shrink_within(kept, ratios, params=params, macs=macs)
     except DegenerateArchitecture:
         return None
 

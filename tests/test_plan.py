@@ -2,10 +2,11 @@
 
 import itertools
 import math
+import random
 
 import pytest
 
-from n2n_fast import plan
+from n2n_fast import SearchConfig, plan
 from n2n_fast.errors import DegenerateArchitecture
 from networks import space_of
 
@@ -39,3 +40,18 @@ def test_the_number_of_shrinkages_is_that_of_all_choices():
         keys.add(space.shrink(space.teacher, *tried).key)
     assert size == pytest.approx(math.log10(len(keys)))
     assert len(keys) < len(ratios) ** choices
+
+
+@pytest.mark.parametrize("by", ["params", "macs"])
+def test_what_is_timed_is_at_the_limits_like_what_is_searched(by):
+    space = space_of("mobile")
+    limit = getattr(space.teacher, by) // 8
+    limited = SearchConfig(**{f"max_{by}": limit})
+    for name in ("removal", "shrinkage"):
+        drawn = plan._drawn(name, space, limited, random.Random(1), last=name == "shrinkage")
+        assert drawn is not None
+        assert 0.7 * limit < getattr(drawn, by) <= limit
+    alone = plan._drawn("removal", space, limited, random.Random(1), last=True)
+    assert alone == plan._drawn("removal", space, SearchConfig(), random.Random(1), last=True)
+    assert alone is not None
+    assert getattr(alone, by) > limit
