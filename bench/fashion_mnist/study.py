@@ -6,8 +6,8 @@ Teachers: A is torchvision's ResNet-18 (3x32x32), B a ResNet-32 in the CIFAR sty
 
 T-teacher            train it; B's weights are kept in results/, A's in WORK
 T-proxy-N            student N of 30 drawn over the whole range (removals and widths): its accuracy after 0, 20 and 50
-                     steps, and after 1 and 10 epochs of distillation
-T-anchor-N           the same of 6 more, to which the map of accuracies is fitted
+                     steps, and after 10 epochs of distillation
+T-anchor-N           the same of 6 more, to which the map of accuracies is fitted, and after 1 epoch
 T-search-SEED        the search as it is for a student 50 (A) or 10 (B) times smaller, which is trained fully
 T-chance-SEED        the same with policies that begin at the best anchor, as ever, but never learn; its best student
                      is not trained
@@ -19,9 +19,9 @@ B-capped-0           T-search-0 before an anchor was put at the limit; the same
 B-removed-0          T-search-0 when students of the first stage were not yet brought to the limit; the same
 T-even-0, B-even-smaller-0  T-search-0 and B-smaller-0 when the first anchors at the limit were narrowed evenly and by
                      chance, and policies began further from the best and learned faster; the same
-T-smaller-SEED       as T-search-SEED, divided by 16 (B alone)
-T-longer-SEED        as T-search-SEED, its student trained for 20 epochs (B alone; the first of them went on from
-                     T-search-SEED's journal, and their seconds are those of both)
+T-longer-SEED        as T-search-SEED, its student trained for 20 epochs (B alone; these went on from T-search-SEED's
+                     journal, and their seconds are those of both)
+T-smaller-SEED       as T-longer-SEED, divided by 16 (B alone)
 T-paper-SEED         the paper's protocol for as long as T-search-SEED took
 T-pruned-SEED        one-shot uniform L1 pruning (Torch-Pruning) to the params of T-search-SEED's student, trained alike
 T-tilt-HUNDREDTHS    no search: the teacher at the limit of T-search, layers narrowed by this power of what that saves
@@ -150,7 +150,7 @@ def proxy(directory, name, number):
         evaluation = evaluator.evaluate(arch, seed=0)
         row[f"steps {steps}"] = evaluation.accuracy
         row[f"seconds {steps}"] = sum(evaluation.seconds.values())
-    for epochs in (1.0, 10.0):
+    for epochs in (10.0,) if number < STUDENTS else (1.0, 10.0):
         start = time.perf_counter()
         row[f"epochs {epochs:.0f}"] = accuracy(evaluator.train(arch, epochs, "the whole"), found.validation)
         row[f"seconds of {epochs:.0f} epochs"] = time.perf_counter() - start
@@ -195,7 +195,7 @@ def search(directory, name, seed):
 
 
 def smaller(directory, name, seed):
-    return searched(directory, name, seed, f"{name}-smaller-{seed}", asked="smaller")
+    return searched(directory, name, seed, f"{name}-smaller-{seed}", asked="smaller", final_epochs=20.0)
 
 
 def longer(directory, name, seed):

@@ -4,7 +4,7 @@ import json
 import statistics
 
 import numpy as np
-from study import ANCHORS, HERE, SEEDS, STUDENTS, TILTS, need
+from study import ANCHORS, HERE, SEEDS, SMALLER, STUDENTS, TILTS, need
 
 from n2n_fast.proxy import Anchor, ProxyMap
 from n2n_fast.reward import reward
@@ -57,9 +57,9 @@ def proxy_table(name):
                 key = f"steps {steps}"
                 fitted = ProxyMap.fit([Anchor("", a[key], a[f"epochs {epochs}"]) for a in anchors])
                 corrected = [fitted(value)[0] for value in raw]
-                off = statistics.mean(abs(c - row[f"epochs {epochs}"]) for c, row in zip(corrected, rows, strict=True))
+                off = statistics.mean(abs(c - row["epochs 10"]) for c, row in zip(corrected, rows, strict=True))
                 rank = spearman(rewards(rows, corrected), full)
-                text += f"; corrected to {epochs} epochs {rank:.2f}, {100 * off:.1f} points off"
+                text += f"; corrected by {epochs} epochs {rank:.2f}, {100 * off:.1f} points off"
         print(text)
 
 
@@ -105,16 +105,39 @@ def rewards_of(piece, stage):
 
 
 def reward_table(name):
-    """The best reward of as many rollouts: policies that learn, that only imitate the best anchor, that do neither."""
+    """The best reward of as many rollouts: policies that learn, that only imitate the best anchor, that do neither.
+
+    Rewards as given, each by the map of its moment; and as one map of the anchors of all these runs gives them, so that
+    the maps' own errors do not count.
+    """
     for stage in STAGES:
-        pieces = {kind: [rewards_of(f"{name}-{kind}-{seed}", stage) for seed in SEEDS] for kind in COMPARED}
-        for kind, runs in pieces.items():
-            whole = [run for run in runs if run]
-            if whole:
-                best = [max(run) for run in whole]
-                error = f" ± {statistics.stdev(best) / len(best) ** 0.5:.4f} (standard error)" if len(best) > 1 else ""
-                means = ", ".join(f"{statistics.mean(run):.3f}" for run in whole)
-                print(f"  {stage}, {kind}: best reward {statistics.mean(best):.4f}{error}; means {means}")
+        pieces = [(kind, f"{name}-{kind}-{seed}") for kind in COMPARED for seed in SEEDS]
+        anchors = [line for _, piece in pieces for line in history(piece, "anchor") if line["stage"] == stage]
+        one_map = ProxyMap.fit([Anchor("", a["proxy_accuracy"], a["accuracy"]) for a in anchors if a["accuracy"]])
+        for kind in COMPARED:
+            given = [run for of, piece in pieces if of == kind and (run := rewards_of(piece, stage))]
+            again = [rejudged(name, piece, stage, one_map) for of, piece in pieces if of == kind and history(piece)]
+            if given:
+                text = f"  {stage}, {kind}: best reward {best_of(given)}, by one map {best_of(again)}; means"
+                print(text, ", ".join(f"{statistics.mean(run):.4f}" for run in again))
+
+
+def best_of(runs):
+    """Mean and standard error of the best of each run."""
+    best = [max(run) for run in runs]
+    error = f" ± {statistics.stdev(best) / len(best) ** 0.5:.4f}" if len(best) > 1 else ""
+    return f"{statistics.mean(best):.4f}{error}"
+
+
+def rejudged(name, piece, stage, one_map):
+    """The rewards of a stage's students, had this been the map."""
+    teacher = need(f"{name}-teacher")
+    most = teacher["params"] // SMALLER["search"][name]
+    return [
+        reward(one_map(line["proxy_accuracy"])[0], max(line["params"], most), teacher["validation"], teacher["params"])
+        for line in history(piece)
+        if line["stage"] == stage and line["proxy_accuracy"] is not None
+    ]
 
 
 def paper_table(name, teacher):
