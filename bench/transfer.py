@@ -26,11 +26,11 @@ BEGINNINGS = {"keeping 0.8": {"keep_probability": 0.8}, "the best anchor": {}, "
 
 def searches(small, large, data, seed, place):
     """The rewards of the larger teacher's searches, by beginning."""
-    rewards(small, data, config_of(small, SMALLER, seed, {}), place / "small")
+    rewards(small, data, config_of(small, seed, {}, SMALLER), place / "small")
     found = {}
     for number, (beginning, setting) in enumerate(BEGINNINGS.items()):
         policies = place / "small" / "policies.pt" if beginning == "the ResNet-18's policies" else None
-        found[beginning] = rewards(large, data, config_of(large, SMALLER, seed, setting), place / f"{number}", policies)
+        found[beginning] = rewards(large, data, config_of(large, seed, setting, SMALLER), place / f"{number}", policies)
     return found
 
 

@@ -53,6 +53,7 @@ class SearchConfig:
     latency_batch: int = 1
     min_accuracy: float | None = None  # on the validation split, in [0, 1]
     max_drop: float | None = None  # of validation accuracy below the teacher's, in points
+    penalty: float | None = 20.0  # times the share by which limits are missed: the part of the way to -1; None: all
     calibration_images: int = 512  # unlabelled, for fitted weights and batch norm statistics
     seed: int = 0
 
@@ -82,7 +83,7 @@ class SearchConfig:
                     "calibration_images"),
             **every("at least 0", lambda x: 0 <= x < math.inf, "rollout_steps", "epochs", "anchors", "anchor_epochs",
                     "anchor_every", "stage_epochs", "final_epochs", "kd_weight", "removal_learning_rate",
-                    "shrinkage_learning_rate", "entropy", "max_drop"),
+                    "shrinkage_learning_rate", "entropy", "max_drop", "penalty"),
             **every("above 0", lambda x: 0 < x < math.inf, "learning_rate", "final_learning_rate", "max_latency"),
             **every("between 0 and 1", lambda x: 0 < x < 1, "keep_probability"),
             **every("between 0 and 1", lambda x: 0 <= x <= 1, "min_accuracy"),
@@ -119,5 +120,6 @@ PAPER: dict[str, Any] = {
     "removal_learning_rate": 0.003,
     "shrinkage_learning_rate": 0.01,
     "normalise": False,
+    "penalty": None,
 }
 PROTOCOLS: dict[str, dict[str, Any]] = {"fast": {}, "paper": PAPER}

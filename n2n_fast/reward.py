@@ -63,10 +63,12 @@ class Constraints:
         return replace(self, max_latency=None)
 
     @staticmethod
-    def anneal(reward: float, update: int) -> float:
-        """The reward of a student that violates a constraint: (ε - 1) + ε R, ε = (1 - update / 15)^4, 0 after that.
+    def anneal(reward: float, update: int, severity: float = 1.0) -> float:
+        """The reward of a student that violates a constraint: (1 - p) R - p, p = s (1 - ε), ε = (1 - update / 15)^4.
 
-        Lenient at the start, when nothing is feasible yet, and -1 in the end.
+        Lenient at the start, when nothing is feasible yet. severity: s in [0, 1]; at 1, as in the paper, it ends
+        at -1.
         """
         softness = max(0.0, 1 - update / ANNEALING_UPDATES) ** 4
-        return (softness - 1) + softness * reward
+        share = severity * (1 - softness)
+        return (1 - share) * reward - share

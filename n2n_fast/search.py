@@ -469,7 +469,7 @@ class _Search:
         if judged is not None:
             value = judged.reward
             if judged.violation > 0:
-                value = stage.limits.anneal(value, stage.update)
+                value = stage.limits.anneal(value, stage.update, self._severity(judged.violation))
         return Rollout(
             stage=stage.name,
             update=stage.update,
@@ -488,6 +488,11 @@ class _Search:
             seconds={} if cached else evaluation.seconds,
             error=evaluation.error,
         )
+
+    def _severity(self, violation: float) -> float:
+        """How much of the penalty a student gets: near a limit what it misses by counts, as no map is exact."""
+        penalty = self.config.penalty
+        return 1.0 if penalty is None else min(1.0, penalty * violation)
 
     def _degenerate(self, stage: _Stage, index: int, actions: list[Any], reason: str) -> Rollout:
         """The line of a student that is known to be worth nothing before anything is built."""

@@ -51,6 +51,13 @@ def test_annealing_goes_from_the_reward_to_minus_one(r: float) -> None:
     assert softened == sorted(softened, reverse=True)
 
 
+@given(st.floats(0, 2), st.integers(0, 20), FRACTION)
+def test_a_mild_violation_costs_its_share(r: float, update: int, severity: float) -> None:
+    whole = r - Constraints.anneal(r, update)
+    assert r - Constraints.anneal(r, update, severity) == pytest.approx(severity * whole, abs=1e-12)
+    assert Constraints.anneal(r, update, 0.0) == r
+
+
 def test_annealing_between() -> None:
     assert ANNEALING_UPDATES == 15
     softness = (1 - 5 / 15) ** 4

@@ -448,6 +448,18 @@ def test_unmet_limits_are_told_and_the_nearest_student_is_saved(teacher, data, t
     assert [r["reward"] for r in history[3:]] == [Constraints.anneal(value, 1) for value in plain[3:]]
 
 
+def test_the_reward_falls_steadily_beyond_a_limit(teacher, data, tmp_path):
+    config = replace(PLAIN, stages="removal", updates=2, min_accuracy=1.0, penalty=2.0)
+    found = compress(teacher, data, config, tmp_path / "f")
+    of = found.table["teacher"]
+    for line in lines(found.out):
+        if line["accuracy"] is not None:
+            plain = reward(line["accuracy"], line["params"], of["validation_accuracy"], of["params"])
+            severity = min(1.0, 2.0 * (1 - line["accuracy"]))
+            assert line["reward"] == pytest.approx(Constraints.anneal(plain, line["update"], severity))
+            assert line["feasible"] == (severity == 0)
+
+
 def test_a_diverging_student_scores_minus_one_and_the_search_goes_on(teacher, data, tmp_path, monkeypatch):
     count = iter(range(100))
     trained = evaluation.fit
