@@ -24,6 +24,9 @@ T-longer-SEED        as T-search-SEED, its student trained for 20 epochs (B alon
 T-smaller-SEED       as T-longer-SEED, divided by 16 (B alone)
 T-paper-SEED         the paper's protocol for as long as T-search-SEED took
 T-pruned-SEED        one-shot uniform L1 pruning (Torch-Pruning) to the params of T-search-SEED's student, trained alike
+T-halving-SEED       every other update's students of T-search-SEED's last stage again, as they are and after as many
+                     steps from another seed: whether successive halving, which gives no steps to the worst, would lose
+                     the best
 T-tilt-HUNDREDTHS    no search: the teacher at the limit of T-search, layers narrowed by this power of what that saves
                      (`ArchitectureSpace.tilted`), fitted and trained alike
 T-dense-SEED         the teacher's own net, uniformly narrower, with at least as many params, trained alike from scratch
@@ -48,7 +51,7 @@ from n2n_fast.config import PAPER
 from n2n_fast.data import Batches, TeacherLogits, accuracy
 from n2n_fast.distill import fit, recalibrate, seeded
 from n2n_fast.errors import DegenerateArchitecture
-from n2n_fast.evaluation import Evaluator
+from n2n_fast.evaluation import Evaluator, Recipe
 
 HERE = Path(__file__).parent / "results"
 WORK = Path("build") / "fashion_mnist"  # what is too large to keep
@@ -220,6 +223,32 @@ def paper(directory, name, seed):
     return searched(directory, name, seed, f"{name}-paper-{seed}", UntilLate(seconds), **plain)
 
 
+def halving(directory, name, seed):
+    file = WORK / f"{name}-search-{seed}" / "checkpoint.pt"
+    if not file.exists():
+        raise SystemExit(f"{name}-search-{seed} comes first, its directory in {WORK} is needed")
+    removed = torch.load(file)["trained"][0]
+    model = trained_teacher(directory, name)
+    most = sum(p.numel() for p in model.parameters()) // SMALLER["search"][name]
+    evaluators = []
+    for steps in (0, BUDGETS[name].get("rollout_steps", SearchConfig.rollout_steps)):
+        config = SearchConfig(**{**BUDGETS[name], "max_params": most, "seed": seed, "rollout_steps": steps})
+        given = images(directory, name), calibration(directory, name), config
+        evaluators.append(Recipe("shrinkage", model, *given, ((removed["architecture"], removed["student"]),))())
+    space, ratios, rows = evaluators[0].space, config.ratios, []
+    for line in map(json.loads, (HERE / f"{name}-search-{seed}" / "history.jsonl").read_text().splitlines()):
+        if line["kind"] == "rollout" and line["stage"] == "shrinkage" and line["update"] % 2 and not line["cached"]:
+            drawn = ([ratios[index] for index in indices] for indices in zip(*line["actions"], strict=True))
+            arch = space.shrink_within(space.teacher, *drawn, params=most, grow=True)
+            assert arch.key == line["architecture"]
+            found = [evaluator.evaluate(arch, seed=1) for evaluator in evaluators]
+            row = {"update": line["update"], "searched": line["proxy_accuracy"]}
+            for kind, evaluation in zip(("untrained", "again"), found, strict=True):
+                row |= {kind: evaluation.accuracy, f"seconds {kind}": sum(evaluation.seconds.values())}
+            rows.append(row)
+    return {"students": rows}
+
+
 # Controls of the same size
 
 
@@ -306,6 +335,8 @@ def pieces():
         for name in ("B", "A"):
             for hundredths in TILTS if seed == SEEDS[0] else ():
                 yield f"{name}-tilt-{hundredths}", tilt, (name, hundredths)
+            if seed == SEEDS[0]:
+                yield f"{name}-halving-{seed}", halving, (name, seed)
             for number in range(ANCHORS if seed == SEEDS[0] else 0):
                 yield f"{name}-anchor-{number}", proxy, (name, STUDENTS + number)
             for number in range(STUDENTS * seed // len(SEEDS), STUDENTS * (seed + 1) // len(SEEDS)):

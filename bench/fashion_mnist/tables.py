@@ -63,28 +63,27 @@ def proxy_table(name):
         print(text)
 
 
-def halving_table(name, groups=10_000):
-    """Successive halving among the five rollouts of an update: those worst before any step get no steps."""
-    rows = held(f"{name}-proxy-{n}" for n in range(STUDENTS))
-    anchors = held(f"{name}-anchor-{n}" for n in range(ANCHORS))
-    if len(rows) < 5 or len(anchors) < 3:
+def halving_table(name):
+    """Successive halving among the five rollouts of an update: the two that are worst before any step get no steps.
+
+    Whether that cuts the best of the search, beside what another calibration with all steps would have cut.
+    """
+    piece = there(f"{name}-halving-{SEEDS[0]}")
+    if piece is None:
         return
-    corrected = {}
-    for steps in (0, 20):
-        key = f"steps {steps}"
-        fitted = ProxyMap.fit([Anchor("", a[key], a["epochs 1"]) for a in anchors])
-        corrected[steps] = np.array(rewards(rows, [fitted(row[key])[0] for row in rows]))
-    full = np.array(rewards(rows, [row["epochs 10"] for row in rows]))
-    took = {steps: np.array([row[f"seconds {steps}"] for row in rows]) for steps in (0, 20)}
-    rng = np.random.default_rng(0)
-    drawn = np.stack([rng.choice(len(rows), 5, replace=False) for _ in range(groups)])
-    order = np.take_along_axis(drawn, np.argsort(corrected[0][drawn], 1), 1)
-    cut, best = order[:, :2], drawn[np.arange(groups), full[drawn].argmax(1)]
-    lost = np.mean((cut == best[:, None]).any(1))
-    bias = np.mean(corrected[0][cut] - corrected[20][cut])
-    saved = 1 - (took[0][cut].sum() + took[20][order[:, 2:]].sum()) / took[20][drawn].sum()
-    print(f"  two of five cut before any step: the best of the five is lost in {lost:.0%} of updates, {saved:.0%} of")
-    print(f"  the time saved; the reward of those that are cut is {bias:+.3f} off what 20 steps would have given")
+    rows = piece["students"]
+    of = {kind: np.array([row[kind] for row in rows]) for kind in ("searched", "untrained", "again")}
+    updates = np.array([row["update"] for row in rows])
+    print(f"\n{name}: {len(rows)} students of a search, again with other calibration images")
+    for kind in ("untrained", "again"):
+        lost = []
+        for update in np.unique(updates):
+            among = np.flatnonzero(updates == update)
+            worst = among[np.argsort(of[kind][among])[:2]]
+            lost.append(among[of["searched"][among].argmax()] in worst)
+        seconds = statistics.mean(row[f"seconds {kind}"] for row in rows)
+        text = f"  {kind}: Spearman with what the search found {spearman(of[kind], of['searched']):.2f}, the best of"
+        print(f"{text} {statistics.mean(lost):.0%} of {len(lost)} updates among the worst two; {seconds:.2f} s each")
 
 
 def of_seeds(values):
