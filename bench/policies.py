@@ -3,9 +3,9 @@
 Two teachers of the digits (a ResNet-14 and a ResNet-20), SEEDS seeds, searches for a tenth of the params, free ones and
 such that lose at most a point of accuracy: ROLLOUTS students a stage, tried as their fitted weights are, so that a
 search takes seconds. Each setting changes one thing of the first, the default; "chance" begins where the default does
-and never learns, "random search" draws from untrained policies. Figures are rewards: the mean of the last 25 students,
-of those that met the limits, and the best. Writes bench/results/policies.json after every search and leaves out those
-that are in it.
+and never learns, "random search" draws from untrained policies. Figures are rewards, -1 where a limit is missed,
+however the policy was told so: the mean of the last 25 students, and the best. Writes bench/results/policies.json after
+every search and leaves out those that are in it.
 """
 
 import itertools
@@ -19,12 +19,12 @@ import torch
 from n2n_fast import SearchConfig, SearchProgress, compress, load
 from n2n_fast import teacher as teachers
 from n2n_fast.config import STAGES
+from n2n_fast.reward import DEGENERATE
 
 SEEDS = 3
 ROLLOUTS = 150
 LAST = 25
 OUT = Path(__file__).parent / "results" / "policies.json"
-ASKED = {"a tenth": {"smaller": 10}, "free": {}, "a point": {"max_drop": 1.0}}
 SHORT = {
     "rollout_steps": 0,
     "anchor_epochs": 2.0,
@@ -40,10 +40,12 @@ def rates(rate):
     return {"removal_learning_rate": rate, "shrinkage_learning_rate": rate}
 
 
-SETTINGS = {
+CONTROLS = {
     "default": {},
     "chance": rates(0.0),
     "random search": {**rates(0.0), "keep_probability": 0.8},
+}
+LEARNING = {
     "rate 0.001": rates(0.001),
     "rate 0.01": rates(0.01),
     "rate 0.02": rates(0.02),
@@ -57,20 +59,24 @@ SETTINGS = {
     "entropy 0.01": {"entropy": 0.01},
     "baseline 0.95": {"baseline_decay": 0.95},
     "10 rollouts": {"rollouts": 10},
-    "penalty 5": {"penalty": 5.0},
-    "the paper's penalty": {"penalty": None},
 }
-AT_A_POINT = ("default", "chance", "random search", "penalty 5", "the paper's penalty")
+PENALTIES = {"penalty 5": {"penalty": 5.0}, "the paper's penalty": {"penalty": None}}
+SETTINGS = CONTROLS | LEARNING | PENALTIES
+ASKED = {  # what is asked for, and what is tried on it
+    "a tenth": ({"smaller": 10}, CONTROLS | LEARNING),
+    "free": ({}, CONTROLS | LEARNING),
+    "a point": ({"max_drop": 1.0}, CONTROLS | PENALTIES),
+}
 
 
 class Rewards(SearchProgress):
-    """Collects rewards by stage; None: a limit was missed."""
+    """Collects rewards by stage, of students that miss a limit the least there is."""
 
     def __init__(self):
         self.found = {stage: [] for stage in STAGES["both"]}
 
     def rollout(self, rollout, best, compression):
-        self.found[rollout.stage].append(round(rollout.reward, 4) if rollout.feasible else None)
+        self.found[rollout.stage].append(round(rollout.reward if rollout.feasible else DEGENERATE, 4))
 
 
 def config_of(model, seed, setting, smaller=None, **asked):
@@ -89,15 +95,9 @@ def rewards(model, data, config, place, policies=None):
 
 def figures(runs):
     """Over seeds: the mean reward of the last students, and the best, each with its standard error."""
-    met = [[value for value in run[-LAST:] if value is not None] for run in runs]
-    late = [statistics.mean(values) for values in met if values]
-    best = [max(values) for run in runs if (values := [value for value in run if value is not None])]
-    return tuple(mean_and_error(values) for values in (late, best))
-
-
-def mean_and_error(values):
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return (statistics.mean(values) if values else float("nan")), error
+    late = [statistics.mean(run[-LAST:]) for run in runs]
+    best = [max(run) for run in runs]
+    return tuple((statistics.mean(v), statistics.stdev(v) / len(v) ** 0.5) for v in (late, best))
 
 
 def summary(table):
@@ -118,11 +118,10 @@ if __name__ == "__main__":
     models = {arch: teachers.create(arch, data.classes, 1, seed=0) for arch in ("digits_resnet", "resnet20")}
     for model in models.values():
         teachers.train_teacher(model, data, epochs=30.0, seed=0)
-    for seed, (asked, limits), arch in itertools.product(range(SEEDS), ASKED.items(), models):
-        for name, setting in SETTINGS.items():
-            wanted = name in AT_A_POINT if "max_drop" in limits else "penalty" not in setting
+    for seed, (asked, (limits, settings)), arch in itertools.product(range(SEEDS), ASKED.items(), models):
+        for name, setting in settings.items():
             key = f"{arch}, {asked} / {name} / {seed}"
-            if wanted and key not in table:
+            if key not in table:
                 with tempfile.TemporaryDirectory() as place:
                     config = config_of(models[arch], seed, setting, **limits)
                     table[key] = rewards(models[arch], data, config, Path(place) / "run")

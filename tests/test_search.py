@@ -449,15 +449,17 @@ def test_unmet_limits_are_told_and_the_nearest_student_is_saved(teacher, data, t
 
 
 def test_the_reward_falls_steadily_beyond_a_limit(teacher, data, tmp_path):
-    config = replace(PLAIN, stages="removal", updates=2, min_accuracy=1.0, penalty=2.0)
+    whole = sum(p.numel() for p in teacher.parameters())
+    config = replace(PLAIN, stages="removal", updates=3, max_params=whole // 10, penalty=0.05)
     found = compress(teacher, data, config, tmp_path / "f")
-    of = found.table["teacher"]
-    for line in lines(found.out):
-        if line["accuracy"] is not None:
-            plain = reward(line["accuracy"], line["params"], of["validation_accuracy"], of["params"])
-            severity = min(1.0, 2.0 * (1 - line["accuracy"]))
-            assert line["reward"] == pytest.approx(Constraints.anneal(plain, line["update"], severity))
-            assert line["feasible"] == (severity == 0)
+    of, rollouts = found.table["teacher"], [line for line in lines(found.out) if line["accuracy"] is not None]
+    severities = [min(1.0, max(0.0, 0.05 * (line["params"] / config.max_params - 1))) for line in rollouts]
+    assert any(0 < severity < 1 and line["update"] for line, severity in zip(rollouts, severities, strict=True))
+    for line, severity in zip(rollouts, severities, strict=True):
+        counted = max(line["params"], config.max_params)
+        plain = reward(line["accuracy"], counted, of["validation_accuracy"], of["params"])
+        assert line["reward"] == pytest.approx(Constraints.anneal(plain, line["update"], severity))
+        assert line["feasible"] == (severity == 0)
 
 
 def test_a_diverging_student_scores_minus_one_and_the_search_goes_on(teacher, data, tmp_path, monkeypatch):

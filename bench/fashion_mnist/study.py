@@ -24,8 +24,8 @@ T-longer-SEED        as T-search-SEED, its student trained for 20 epochs (B alon
 T-smaller-SEED       as T-longer-SEED, divided by 16 (B alone)
 T-paper-SEED         the paper's protocol for as long as T-search-SEED took
 T-pruned-SEED        one-shot uniform L1 pruning (Torch-Pruning) to the params of T-search-SEED's student, trained alike
-T-halving-SEED       every other update's students of T-search-SEED's last stage again, as they are and after as many
-                     steps from another seed: whether successive halving, which gives no steps to the worst, would lose
+T-halving-SEED       every other update's students of T-search-SEED's last stage, fitted to other images, as they are
+                     and after as many steps: whether successive halving, which gives no steps to the worst, would lose
                      the best
 T-tilt-HUNDREDTHS    no search: the teacher at the limit of T-search, layers narrowed by this power of what that saves
                      (`ArchitectureSpace.tilted`), fitted and trained alike
@@ -39,6 +39,7 @@ import functools
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,8 @@ from n2n_fast.config import PAPER
 from n2n_fast.data import Batches, TeacherLogits, accuracy
 from n2n_fast.distill import fit, recalibrate, seeded
 from n2n_fast.errors import DegenerateArchitecture
-from n2n_fast.evaluation import Evaluator, Recipe
+from n2n_fast.evaluation import Evaluator, restored
+from n2n_fast.graph import Architecture
 
 HERE = Path(__file__).parent / "results"
 WORK = Path("build") / "fashion_mnist"  # what is too large to keep
@@ -228,22 +230,24 @@ def halving(directory, name, seed):
     if not file.exists():
         raise SystemExit(f"{name}-search-{seed} comes first, its directory in {WORK} is needed")
     removed = torch.load(file)["trained"][0]
-    model = trained_teacher(directory, name)
-    most = sum(p.numel() for p in model.parameters()) // SMALLER["search"][name]
-    evaluators = []
-    for steps in (0, BUDGETS[name].get("rollout_steps", SearchConfig.rollout_steps)):
-        config = SearchConfig(**{**BUDGETS[name], "max_params": most, "seed": seed, "rollout_steps": steps})
-        given = images(directory, name), calibration(directory, name), config
-        evaluators.append(Recipe("shrinkage", model, *given, ((removed["architecture"], removed["student"]),))())
-    space, ratios, rows = evaluators[0].space, config.ratios, []
+    found, fitted, whole = images(directory, name), calibration(directory, name), calibrated(directory, name)
+    student = restored(whole, Architecture.from_json(removed["architecture"]), removed["student"])
+    space = n2n_fast.ArchitectureSpace(student, fitted[:2], fitted)
+    plain = SearchConfig(**{**BUDGETS[name], "seed": seed})
+    evaluators = {}
+    for kind, steps in {"untrained": 0, "again": plain.rollout_steps}.items():
+        given = teacher_logits(directory, name), fitted, replace(plain, rollout_steps=steps)
+        evaluators[kind] = Evaluator("shrinkage", space, found, *given)
+    rows = []
     for line in map(json.loads, (HERE / f"{name}-search-{seed}" / "history.jsonl").read_text().splitlines()):
         if line["kind"] == "rollout" and line["stage"] == "shrinkage" and line["update"] % 2 and not line["cached"]:
-            drawn = ([ratios[index] for index in indices] for indices in zip(*line["actions"], strict=True))
+            drawn = ([plain.ratios[index] for index in indices] for indices in zip(*line["actions"], strict=True))
+            most = whole.teacher.params // SMALLER["search"][name]
             arch = space.shrink_within(space.teacher, *drawn, params=most, grow=True)
             assert arch.key == line["architecture"]
-            found = [evaluator.evaluate(arch, seed=1) for evaluator in evaluators]
             row = {"update": line["update"], "searched": line["proxy_accuracy"]}
-            for kind, evaluation in zip(("untrained", "again"), found, strict=True):
+            for kind, evaluator in evaluators.items():
+                evaluation = evaluator.evaluate(arch, seed=1)
                 row |= {kind: evaluation.accuracy, f"seconds {kind}": sum(evaluation.seconds.values())}
             rows.append(row)
     return {"students": rows}

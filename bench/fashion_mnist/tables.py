@@ -1,5 +1,6 @@
 """What the pieces of the study say so far: python bench/fashion_mnist/tables.py. Missing pieces are left out."""
 
+import functools
 import json
 import statistics
 
@@ -24,6 +25,7 @@ def held(names):
     return [found for found in map(there, names) if found is not None]
 
 
+@functools.cache
 def history(piece, kind="rollout"):
     path = HERE / piece / "history.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
