@@ -372,8 +372,8 @@ def teach(
         raise BadInput(f"{out}: exists already; give another --out or remove it")
     if not out.parent.is_dir():
         raise BadInput(f"{out}: its directory does not exist; make it or give another --out")
-    own = arch in teacher.SMALL_RESNETS
-    images = _load(data, mean, std, image_size, download, seed, device, channels or (None if own else 3))
+    channels = channels or teacher.usual_channels(arch)
+    images = _load(data, mean, std, image_size, download, seed, device, channels)
     model = teacher.create(arch, images.classes, images.train.channels, images.train.image_size[0], cifar_stem, seed)
     model = _teach(model, images, quiet, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
     torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, out)
@@ -384,8 +384,8 @@ def teach(
 
 @cli.command(example="n2n-fast inspect --arch resnet18 --image-size 32")
 @teacher_options
-@option("--image-size", default=224, show_default=True, type=click.IntRange(min=1), metavar="PX",
-        help="Of the images that it is to see.")  # fmt: skip
+@option("--data", metavar="SPEC", help="Whose images it is to see; as of run.")
+@option("--image-size", type=click.IntRange(min=1), metavar="PX", help="Their size; default: the data's, or 224.")
 @json_option
 def inspect(
     teacher_file: Path | None,
@@ -393,21 +393,15 @@ def inspect(
     allow_pickle: bool,
     leaf: tuple[str, ...],
     round_to: int | None,
-    image_size: int,
+    data: str | None,
+    image_size: int | None,
     as_json: bool,
 ) -> None:
     """Show a teacher's layers as the policies see them: what may be removed or shrunk, and why not.
 
     Takes a state dict by --teacher, or an architecture by --arch alone.
     """
-    if teacher_file is not None:
-        model = teacher.load_teacher(teacher_file, arch, allow_pickle=allow_pickle)
-    elif arch is not None:
-        model = teacher.create(arch, classes=1000)
-    else:
-        raise BadInput("nothing to inspect: give --teacher FILE or --arch NAME")
-    channels = teacher.input_channels(model) or 3
-    example = torch.zeros(1, channels, image_size, image_size)
+    model, example = _inspected(teacher_file, arch, allow_pickle, data, image_size)
     space = ArchitectureSpace(model, example, leaf=leaf, round_to=round_to or 1)
     if as_json:
         click.echo(json.dumps(report.space_summary(space), indent=2))
@@ -416,6 +410,30 @@ def inspect(
     click.echo(f"\n{report.reach(space)}")
     for warning in space.warnings:
         click.echo(f"warning: {warning}")
+
+
+def _inspected(
+    file: Path | None, arch: str | None, allow_pickle: bool, data: str | None, image_size: int | None
+) -> tuple[nn.Module, torch.Tensor]:
+    """A network to look at, and an image (1, C, H, W) as it is to see."""
+
+    def given(channels: int | None) -> ImageData | None:
+        return None if data is None else load(data, image_size=image_size, channels=channels)
+
+    if file is not None:
+        model = teacher.load_teacher(file, arch, allow_pickle=allow_pickle)
+        images = given(teacher.input_channels(model))
+    elif arch is not None:
+        images = given(teacher.usual_channels(arch))
+        classes, channels = (1000, 3) if images is None else (images.classes, images.train.channels)
+        model = teacher.create(arch, classes, channels)
+    else:
+        raise BadInput("nothing to inspect: give --teacher FILE or --arch NAME")
+    if images is None:
+        size = image_size or 224
+        return model, torch.zeros(1, teacher.input_channels(model) or 3, size, size)
+    teacher.check_fits(model, images)
+    return model, images.train.batch(torch.arange(1))[0]
 
 
 @cli.command(example="n2n-fast evaluate runs/1")

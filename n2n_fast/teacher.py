@@ -92,6 +92,11 @@ def architectures() -> list[str]:
     return [*SMALL_RESNETS, *torchvision.models.list_models(module=torchvision.models)]
 
 
+def usual_channels(arch: str) -> int | None:
+    """Input channels of an architecture's images; None where it takes as many as there are."""
+    return None if arch in SMALL_RESNETS else 3
+
+
 def create(
     arch: str,
     classes: int,

@@ -169,6 +169,26 @@ def test_inspect(invoke):
     assert len(content["features"]) == len(layers)
 
 
+def test_inspect_takes_sizes_from_the_data(invoke, tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (40, 20, 20), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", x=images, y=np.arange(40) % 10)
+    np.savez(tmp_path / "seven.npz", x=images, y=np.arange(40) % 7)
+    data, given = ("--data", f"npz:{tmp_path / 'set.npz'}"), ("--teacher", save_state(tmp_path / "t.pt"))
+
+    def seen(*options):
+        code, out, err = invoke("inspect", *options, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    asked = seen(*given, "--image-size", 20)
+    assert seen(*given, *data) == asked
+    assert seen("--arch", "digits_resnet", *data) == asked
+    assert seen(*given, *data, "--image-size", 40)["macs"] > 3 * asked["macs"]
+    code, _, err = invoke("inspect", *given, "--data", f"npz:{tmp_path / 'seven.npz'}")
+    assert code == 2
+    assert "10 classes" in err
+
+
 def test_inspect_tells_what_rounding_costs(invoke):
     command = ("inspect", "--arch", "resnet18", "--image-size", "32", "--round-to", "24")
     code, out, err = invoke(*command)

@@ -6,7 +6,7 @@ Teachers: A is torchvision's ResNet-18 (3x32x32), B a ResNet-32 in the CIFAR sty
 
 T-teacher            train it; B's weights are kept in results/, A's in WORK
 T-proxy-N            student N of 30 drawn over the whole range (removals and widths): its accuracy after 0, 20 and 50
-                     steps, and after 10 epochs of distillation
+                     steps, and after 10 epochs of distillation (A alone, as B's would take longer than all else)
 T-anchor-N           the same of 6 more, to which the map of accuracies is fitted, and after 1 epoch
 T-search-SEED        the search as it is for a student 50 (A) or 10 (B) times smaller, which is trained fully
 T-chance-SEED        the same with policies that begin at the best anchor, as ever, but never learn; its best student
@@ -57,7 +57,7 @@ from n2n_fast.graph import Architecture
 
 HERE = Path(__file__).parent / "results"
 WORK = Path("build") / "fashion_mnist"  # what is too large to keep
-STUDENTS, ANCHORS = 30, 6
+PROXIED, STUDENTS, ANCHORS = "A", 30, 6
 SEEDS = (0, 1, 2)
 TILTS = (0, 25, 50, 75)
 CPU = torch.device("cpu")
@@ -341,10 +341,10 @@ def pieces():
                 yield f"{name}-tilt-{hundredths}", tilt, (name, hundredths)
             if seed == SEEDS[0]:
                 yield f"{name}-halving-{seed}", halving, (name, seed)
-            for number in range(ANCHORS if seed == SEEDS[0] else 0):
-                yield f"{name}-anchor-{number}", proxy, (name, STUDENTS + number)
-            for number in range(STUDENTS * seed // len(SEEDS), STUDENTS * (seed + 1) // len(SEEDS)):
-                yield f"{name}-proxy-{number}", proxy, (name, number)
+        for number in range(ANCHORS if seed == SEEDS[0] else 0):
+            yield f"{PROXIED}-anchor-{number}", proxy, (PROXIED, STUDENTS + number)
+        for number in range(STUDENTS * seed // len(SEEDS), STUDENTS * (seed + 1) // len(SEEDS)):
+            yield f"{PROXIED}-proxy-{number}", proxy, (PROXIED, number)
 
 
 if __name__ == "__main__":
