@@ -17,7 +17,8 @@ import torch
 
 import n2n_fast
 from n2n_fast import teacher
-from n2n_fast.data import Batches, TeacherLogits, accuracy
+from n2n_fast.batches import Batches, TeacherLogits
+from n2n_fast.data import accuracy
 from n2n_fast.distill import fit, recalibrate
 
 INITS = ("inherit", "calibrated", "reconstructed")

@@ -18,7 +18,8 @@ from calibration import BATCH, IMAGES, trainings, without_firsts
 
 import n2n_fast
 from n2n_fast import calibration, teacher
-from n2n_fast.data import TeacherLogits, accuracy
+from n2n_fast.batches import TeacherLogits
+from n2n_fast.data import accuracy
 from n2n_fast.distill import Diverged, fit, recalibrate
 
 FITTED = ("calibrated", "reconstructed")

@@ -1,7 +1,8 @@
 """N2N learning: compress a trained CNN into a much smaller one by policy gradients and distillation."""
 
 from n2n_fast.config import SearchConfig
-from n2n_fast.data import Augmentation, ImageData, from_tensors, load
+from n2n_fast.data import Augmentation, ImageData, from_tensors
+from n2n_fast.datasets import load
 from n2n_fast.errors import BadInput, DegenerateArchitecture
 from n2n_fast.graph import Architecture, Layer
 from n2n_fast.ops import build_info, kd_loss, kd_loss_and_grad, materialize

@@ -16,7 +16,8 @@ from torch import nn
 
 from n2n_fast import report, teacher
 from n2n_fast.config import PROTOCOLS, STAGES, SearchConfig
-from n2n_fast.data import ImageData, accuracy, load
+from n2n_fast.data import ImageData, accuracy
+from n2n_fast.datasets import load
 from n2n_fast.errors import BadInput, first_line
 from n2n_fast.export import SUFFIXES, export
 from n2n_fast.options import OF_ONE_CALL, Group, option, section, version

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from n2n_fast.batches import Batches, TeacherLogits
 from n2n_fast.config import SearchConfig
-from n2n_fast.data import Batches, ImageData, Split, TeacherLogits, accuracy
+from n2n_fast.data import ImageData, Split, accuracy
 from n2n_fast.distill import BatchSource, Keeper, Progress, fit, latency_ms, recalibrate, seeded
 from n2n_fast.errors import first_line
 from n2n_fast.graph import Architecture

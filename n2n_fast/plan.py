@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from n2n_fast.batches import TeacherLogits
 from n2n_fast.config import STAGES, SearchConfig
-from n2n_fast.data import ImageData, TeacherLogits
+from n2n_fast.data import ImageData
 from n2n_fast.errors import BadInput, DegenerateArchitecture
 from n2n_fast.evaluation import Evaluation, Evaluator, giving_logits, space_of
 from n2n_fast.graph import Architecture

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from n2n_fast.batches import TeacherLogits
 from n2n_fast.config import STAGES, SearchConfig
-from n2n_fast.data import ImageData, TeacherLogits, accuracy
+from n2n_fast.data import ImageData, accuracy
 from n2n_fast.distill import Progress, seeded
 from n2n_fast.errors import BadInput, DegenerateArchitecture, first_line
 from n2n_fast.evaluation import (

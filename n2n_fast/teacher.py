@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from n2n_fast.data import Batches, ImageData
+from n2n_fast.batches import Batches
+from n2n_fast.data import ImageData
 from n2n_fast.distill import Diverged, Progress, fit, seeded
 from n2n_fast.errors import BadInput, first_line
 from n2n_fast.reading import WantsCode, read_tensors, read_trusted

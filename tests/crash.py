@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from n2n_fast import SearchConfig, compress, from_tensors
-from n2n_fast.data import Batches
+from n2n_fast.batches import Batches
 from n2n_fast.distill import fit, seeded
 from n2n_fast.teacher import SmallResNet
 

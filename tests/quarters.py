@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 import n2n_fast
-from n2n_fast.data import Batches, ImageData
+from n2n_fast.batches import Batches
+from n2n_fast.data import ImageData
 from n2n_fast.distill import fit, seeded
 from n2n_fast.teacher import SmallResNet
 

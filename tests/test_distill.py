@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from n2n_fast import distill
-from n2n_fast.data import Batches, from_tensors
+from n2n_fast.batches import Batches
+from n2n_fast.data import from_tensors
 from n2n_fast.distill import Diverged, Progress, fit, latency_ms, recalibrate, seeded
 
 
@@ -136,7 +137,8 @@ def test_bfloat16_only_where_the_hardware_has_it(amx, monkeypatch):
 ODD_WIDTHS = """
 import torch
 from torch import nn
-from n2n_fast.data import Batches, from_tensors
+from n2n_fast.batches import Batches
+from n2n_fast.data import from_tensors
 from n2n_fast.distill import fit
 torch.set_num_threads(2)
 images, labels = torch.randn(128, 3, 8, 8), torch.arange(128) % 2

@@ -7,8 +7,9 @@ import torch
 
 import n2n_fast
 from n2n_fast import distill, evaluation
+from n2n_fast.batches import TeacherLogits
 from n2n_fast.config import SearchConfig
-from n2n_fast.data import TeacherLogits, accuracy
+from n2n_fast.data import accuracy
 from n2n_fast.distill import Diverged, seeded
 from n2n_fast.evaluation import Evaluation, Evaluator
 from n2n_fast.space import ArchitectureSpace

@@ -12,7 +12,8 @@ import torchvision.models
 from torch import Tensor, nn
 
 from n2n_fast import teacher
-from n2n_fast.data import ImageData, accuracy, from_tensors, load
+from n2n_fast.data import ImageData, accuracy, from_tensors
+from n2n_fast.datasets import load
 from n2n_fast.distill import Progress
 from n2n_fast.errors import BadInput
 from n2n_fast.teacher import (

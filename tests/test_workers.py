@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from n2n_fast import SearchConfig, Workers, compress, from_tensors
-from n2n_fast.data import Batches
+from n2n_fast.batches import Batches
 from n2n_fast.distill import fit, seeded
 from n2n_fast.errors import BadInput
 from n2n_fast.evaluation import Evaluation

@@ -48,8 +48,9 @@ from torch import nn
 
 import n2n_fast
 from n2n_fast import SearchConfig, teacher
+from n2n_fast.batches import Batches, TeacherLogits
 from n2n_fast.config import PAPER
-from n2n_fast.data import Batches, TeacherLogits, accuracy
+from n2n_fast.data import accuracy
 from n2n_fast.distill import fit, recalibrate, seeded
 from n2n_fast.errors import DegenerateArchitecture
 from n2n_fast.evaluation import Evaluator, restored
