@@ -2,13 +2,12 @@
 
 import contextlib
 import copy
-import functools
 import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,10 +43,10 @@ from n2n_fast.seeds import derived
 from n2n_fast.space import ArchitectureSpace
 from n2n_fast.states import checked, load_finite, load_optimizer
 from n2n_fast.student import independent_copy
+from n2n_fast.transition import MOST_TILTED, Transition
 from n2n_fast.workers import Engine, Job, Workers, engine
 
 SPREAD_TRIES = 20  # at an anchor that is not degenerate
-MOST_TILTED = 0.75  # of the first anchors at a limit: powers of what narrowing a layer saves
 MOST_DIVERGED = 3  # full trainings, after which others are not tried either
 
 RewardFunction = Callable[[float, Cost], float]  # of the validation accuracy and of what the student costs
@@ -101,8 +100,7 @@ class _Stage:
     mask: Tensor
     limits: Constraints
     enough: dict[str, float]  # by objective, for those that are limited: less than this is not rewarded
-    at_limits: bool  # whether students are brought to the limits on params and MACs, whatever is drawn
-    architecture_of: Callable[[list[Any]], Architecture]
+    transition: Transition
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
 
@@ -304,7 +302,6 @@ class _Search:
         rate = config.removal_learning_rate if removes else config.shrinkage_learning_rate
         last = self._is_last(name)
         enough = self._enough(last)
-        at_limits = bool(enough.keys() & {"params", "macs"}) and not (removes and last)
         return _Stage(
             name=name,
             space=space,
@@ -315,38 +312,25 @@ class _Search:
             else torch.tensor(space.choices(space.teacher)).T,
             limits=self.constraints if last else self.constraints.untimed,
             enough=enough,
-            at_limits=at_limits,
-            architecture_of=self._transition(name, space, enough if at_limits else {}),
+            transition=self._transition(space, removes, last, enough),
             optimizer=torch.optim.Adam(policy.parameters(), rate),
             generator=torch.Generator().manual_seed(derived(config.seed, name, "actions")),
             finished=[pair for done in self.trained for pair in done["finished"]],
         )
 
     def _transition(
-        self, stage: str, space: ArchitectureSpace, limited: Mapping[str, float]
-    ) -> Callable[[list[Any]], Architecture]:
-        """From actions to an architecture, brought to the limits on params and MACs; limited: by objective, if it is.
+        self, space: ArchitectureSpace, removes: bool, last: bool, enough: Mapping[str, float]
+    ) -> Transition:
+        """Students are brought to the limits on params and MACs, unless there is nothing but removals to do that.
 
-        Layers that are removed are judged by what is left of a student of the wanted size, narrowed as a middle anchor.
-        A student that is smaller than is rewarded gets wider, unless it has to be fast as well.
+        One that is smaller than is rewarded gets wider, unless it has to be fast as well.
         """
-        config = self.config
-        ratios, narrowed = config.ratios, [1.0] * len(space.layers)
-        within, grow = space.shrink_within, False
-        if limited:
-            narrowed = space.tilted(MOST_TILTED / 2, _limited(limited, config.objective))
-            within = functools.partial(space.shrink_within, params=config.max_params, macs=config.max_macs)
-            grow = self.reward is None and config.objective in limited and "latency" not in limited
-
-        def remove(actions: list[int]) -> Architecture:
-            removed = space.remove(space.teacher, [action == 1 for action in actions])
-            return within(removed, narrowed, grow=bool(limited))
-
-        def shrink(actions: list[list[int]]) -> Architecture:
-            channels, kernels = ([ratios[index] for index in indices] for indices in zip(*actions, strict=True))
-            return within(space.teacher, channels, kernels, grow=grow)
-
-        return remove if stage == "removal" else shrink
+        config, limited = self.config, enough.keys() & {"params", "macs"}
+        if not limited or (removes and last):
+            return Transition(space, removes, config.ratios)
+        saves = next(name for name in (config.objective, "params", "macs") if name in limited)
+        grows = removes or (self.reward is None and config.objective in enough and "latency" not in enough)
+        return Transition(space, removes, config.ratios, saves, config.max_params, config.max_macs, grows)
 
     def _is_last(self, stage: str) -> bool:
         return stage == STAGES[self.config.stages][-1]
@@ -426,7 +410,7 @@ class _Search:
     def _architecture(self, stage: _Stage, actions: list[Any]) -> Architecture | DegenerateArchitecture:
         """What the actions lead to, or why that cannot be or is worth nothing."""
         try:
-            arch = stage.architecture_of(actions)
+            arch = stage.transition(actions)
         except DegenerateArchitecture as reason:
             return reason
         return arch if arch.params < self.teacher.cost.params else DegenerateArchitecture("no smaller than the teacher")
@@ -622,27 +606,21 @@ class _Search:
         where it saves more, for the last by chance: the map has to know what bad students come to.
         """
         count = self.config.anchors
-        severity = (number if stage.at_limits else number + 0.5) / count
+        at_limits = stage.transition.saves is not None
+        severity = (number if at_limits else number + 0.5) / count
         others = {key for key, *_ in stage.anchors[:number]}
         generator = torch.Generator().manual_seed(derived(self.config.seed, stage.name, "anchor", number))
-        tilts = stage.at_limits and stage.name == "shrinkage" and number < max(1, count - 1)
+        tilts = at_limits and stage.name == "shrinkage" and number < max(1, count - 1)
         for attempt in range(SPREAD_TRIES):
             if tilts and attempt == 0:
-                actions = self._tilted(stage, MOST_TILTED * number / max(1, count - 2))
+                tilted = stage.transition.tilted(MOST_TILTED * number / max(1, count - 2))
+                actions = tilted.where(stage.mask, len(self.config.ratios) - 1)
             else:
                 actions = stage.policy.spread(stage.mask, severity, generator)
             arch = self._architecture(stage, actions.tolist())
             if isinstance(arch, Architecture) and arch.key not in others:
                 return actions, arch
         return None
-
-    def _tilted(self, stage: _Stage, tilt: float) -> Tensor:
-        """Actions next to the space's tilted ratios: a limited student does best to save where most is to be saved."""
-        wanted = torch.tensor(stage.space.tilted(tilt, _limited(stage.enough, self.config.objective)))
-        ratios = torch.tensor(self.config.ratios)
-        nearest = (ratios.log() - wanted[:, None].log()).abs().argmin(1)
-        unchanged = torch.full_like(nearest, len(ratios) - 1)
-        return torch.stack([nearest, unchanged], 1).where(stage.mask, len(ratios) - 1)
 
     def _begin_at_the_best_anchor(self, stage: _Stage, features: Tensor) -> None:
         """Let the policy imitate the best of the first anchors, unless it was told how to begin, or was trained."""
@@ -788,11 +766,6 @@ class _Search:
         index = torch.randperm(len(split), generator=generator)[: self.config.calibration_images]
         images, _ = split.batch(index.to(self.device))
         return images
-
-
-def _limited(limited: Collection[str], objective: str) -> str:
-    """Which of the limited costs that an architecture has without being built students are to save."""
-    return next(name for name in (objective, "params", "macs") if name in limited and name != "latency")
 
 
 def _better(rollout: Rollout, best: Rollout) -> bool:

@@ -18,9 +18,10 @@ from n2n_fast.proxy import ProxyMap
 from n2n_fast.result import load_student
 from n2n_fast.reward import Constraints, Cost, reward
 from n2n_fast.run_directory import Interrupted
-from n2n_fast.search import MOST_TILTED, compress
+from n2n_fast.search import compress
 from n2n_fast.space import ArchitectureSpace
 from n2n_fast.teacher import SmallResNet
+from n2n_fast.transition import MOST_TILTED
 from quarters import TINY, quarters, taught
 
 PLAIN = replace(TINY, anchors=0)  # rewards are of accuracies as they are found

@@ -55,6 +55,7 @@ from n2n_fast.distill import fit, recalibrate, seeded
 from n2n_fast.errors import DegenerateArchitecture
 from n2n_fast.evaluation import Evaluator, restored
 from n2n_fast.graph import Architecture
+from n2n_fast.transition import Transition
 
 HERE = Path(__file__).parent / "results"
 WORK = Path("build") / "fashion_mnist"  # what is too large to keep
@@ -235,6 +236,8 @@ def halving(directory, name, seed):
     student = restored(whole, Architecture.from_json(removed["architecture"]), removed["student"])
     space = n2n_fast.ArchitectureSpace(student, fitted[:2], fitted)
     plain = SearchConfig(**{**BUDGETS[name], "seed": seed})
+    most = whole.teacher.params // SMALLER["search"][name]
+    transition = Transition(space, False, plain.ratios, params=most, grows=True)
     evaluators = {}
     for kind, steps in {"untrained": 0, "again": plain.rollout_steps}.items():
         given = teacher_logits(directory, name), fitted, replace(plain, rollout_steps=steps)
@@ -242,9 +245,7 @@ def halving(directory, name, seed):
     rows = []
     for line in map(json.loads, (HERE / f"{name}-search-{seed}" / "history.jsonl").read_text().splitlines()):
         if line["kind"] == "rollout" and line["stage"] == "shrinkage" and line["update"] % 2 and not line["cached"]:
-            drawn = ([plain.ratios[index] for index in indices] for indices in zip(*line["actions"], strict=True))
-            most = whole.teacher.params // SMALLER["search"][name]
-            arch = space.shrink_within(space.teacher, *drawn, params=most, grow=True)
+            arch = transition(line["actions"])
             assert arch.key == line["architecture"]
             row = {"update": line["update"], "searched": line["proxy_accuracy"]}
             for kind, evaluator in evaluators.items():
