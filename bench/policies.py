@@ -93,22 +93,35 @@ def rewards(model, data, config, place, policies=None):
     return told.found
 
 
-def figures(runs):
-    """Over seeds: the mean reward of the last students, and the best, each with its standard error."""
-    late = [statistics.mean(run[-LAST:]) for run in runs]
-    best = [max(run) for run in runs]
-    return tuple((statistics.mean(v), statistics.stdev(v) / len(v) ** 0.5) for v in (late, best))
+def figures(table, asked, name):
+    """By teacher and seed: for each stage the mean reward of the last students, and the best; one row a run."""
+    found = {key.replace(name, "", 1): run for key, run in table.items() if f", {asked} / {name} / " in key}
+    return {
+        key: [value for stage in STAGES["both"] for value in (statistics.mean(run[stage][-LAST:]), max(run[stage]))]
+        for key, run in found.items()
+    }
+
+
+def shown(values, sign):
+    """Mean and standard error."""
+    return f"{statistics.mean(values):{sign}.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
 
 
 def summary(table):
-    for group in dict.fromkeys(key.rsplit(" / ", 2)[0] for key in table):
-        for stage in STAGES["both"]:
-            print(f"{group}, {stage}")
-            for name in SETTINGS:
-                runs = [found[stage] for key, found in table.items() if key.startswith(f"{group} / {name} / ")]
-                if len(runs) > 1:
-                    (late, late_error), (best, best_error) = figures(runs)
-                    print(f"  {name:<36} last {late:.3f} ± {late_error:.3f}  best {best:.3f} ± {best_error:.3f}")
+    """A Markdown table for each thing asked: the default's figures, and what others have more, teacher by teacher and
+    seed by seed; means over all of these with standard errors.
+    """
+    for asked, (_, settings) in ASKED.items():
+        default = figures(table, asked, "default")
+        print(f"\n| {asked} | runs | removal, last {LAST} | best | shrinkage, last {LAST} | best |\n{'|---' * 6}|")
+        for name in settings:
+            runs = figures(table, asked, name)
+            both = [key for key in runs if key in default]
+            if len(both) > 1:
+                more = [[x - y for x, y in zip(runs[key], default[key], strict=True)] for key in both]
+                rows, sign = ([runs[key] for key in both], "") if name == "default" else (more, "+")
+                columns = (shown(column, sign) for column in zip(*rows, strict=True))
+                print(f"| {name} | {len(both)} |", " | ".join(columns), "|")
 
 
 if __name__ == "__main__":
