@@ -61,7 +61,6 @@ LEARNING = {
     "10 rollouts": {"rollouts": 10},
 }
 PENALTIES = {"penalty 5": {"penalty": 5.0}, "the paper's penalty": {"penalty": None}}
-SETTINGS = CONTROLS | LEARNING | PENALTIES
 ASKED = {  # what is asked for, and what is tried on it
     "a tenth": ({"smaller": 10}, CONTROLS | LEARNING),
     "free": ({}, CONTROLS | LEARNING),
@@ -95,14 +94,17 @@ def rewards(model, data, config, place, policies=None):
 
 def figures(table, asked, name):
     """By teacher and seed: for each stage the mean reward of the last students, and the best; one row a run."""
-    found = {key.replace(name, "", 1): run for key, run in table.items() if f", {asked} / {name} / " in key}
-    return {
-        key: [value for stage in STAGES["both"] for value in (statistics.mean(run[stage][-LAST:]), max(run[stage]))]
-        for key, run in found.items()
-    }
+    rows = {}
+    for key, run in table.items():
+        of, setting, seed = key.split(" / ")
+        arch, _, limited = of.partition(", ")
+        if (limited, setting) == (asked, name):
+            stages = (run[stage] for stage in STAGES["both"])
+            rows[arch, seed] = [figure for found in stages for figure in (statistics.mean(found[-LAST:]), max(found))]
+    return rows
 
 
-def shown(values, sign):
+def shown(values, sign=""):
     """Mean and standard error."""
     return f"{statistics.mean(values):{sign}.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from policies import LAST, SEEDS, config_of, rewards
+from policies import LAST, SEEDS, config_of, rewards, shown
 
 from n2n_fast import load
 from n2n_fast import teacher as teachers
@@ -41,8 +41,7 @@ def summary(table):
             runs = [found[beginning][stage] for found in table.values()]
             first, last = [statistics.mean(r[:FIRST]) for r in runs], [statistics.mean(r[-LAST:]) for r in runs]
             columns = {f"first {FIRST}": first, f"last {LAST}": last, "best": [max(r) for r in runs]}
-            text = (f"{name} {statistics.mean(v):.3f} ± {statistics.stdev(v) / len(v) ** 0.5:.3f}"
-                    for name, v in columns.items())  # fmt: skip
+            text = (f"{name} {shown(values)}" for name, values in columns.items())
             print(f"{stage:<10} {beginning:<26} {'  '.join(text)}")
 
 
