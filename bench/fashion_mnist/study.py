@@ -22,6 +22,8 @@ T-even-0, B-even-smaller-0  T-search-0 and B-smaller-0 when the first anchors at
 T-longer-SEED        as T-search-SEED, its student trained for 20 epochs (B alone; these went on from T-search-SEED's
                      journal, and their seconds are those of both)
 T-smaller-SEED       as T-longer-SEED, divided by 16 (B alone)
+T-finer-SEED         as T-search-SEED, evaluations less in error: weights fitted to 2,048 images, all validation images (B
+                     alone)
 T-paper-SEED         the paper's protocol for as long as T-search-SEED took
 T-pruned-SEED        one-shot uniform L1 pruning (Torch-Pruning) to the params of T-search-SEED's student, trained alike
 T-halving-SEED       every other update's students of T-search-SEED's last stage, fitted to other images, as they are
@@ -205,6 +207,11 @@ def smaller(directory, name, seed):
     return searched(directory, name, seed, f"{name}-smaller-{seed}", asked="smaller", final_epochs=20.0)
 
 
+def finer(directory, name, seed):
+    better = {"calibration_images": 2048, "validation_images": None}
+    return searched(directory, name, seed, f"{name}-finer-{seed}", **better)
+
+
 def longer(directory, name, seed):
     return searched(directory, name, seed, f"{name}-longer-{seed}", final_epochs=20.0)
 
@@ -338,6 +345,7 @@ def pieces():
             if name in SMALLER["smaller"]:
                 yield f"{name}-smaller-{seed}", smaller, (name, seed)
                 yield f"{name}-longer-{seed}", longer, (name, seed)
+                yield f"{name}-finer-{seed}", finer, (name, seed)
         for name in ("B", "A"):
             for hundredths in TILTS if seed == SEEDS[0] else ():
                 yield f"{name}-tilt-{hundredths}", tilt, (name, hundredths)
