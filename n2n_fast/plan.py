@@ -4,6 +4,7 @@ import math
 import random
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +13,13 @@ from n2n_fast.batches import TeacherLogits
 from n2n_fast.config import STAGES, SearchConfig
 from n2n_fast.data import ImageData
 from n2n_fast.errors import BadInput, DegenerateArchitecture
-from n2n_fast.evaluation import Evaluation, Evaluator, giving_logits, space_of
+from n2n_fast.evaluation import Evaluation, Evaluator, giving_logits, latency_of, space_of
 from n2n_fast.graph import Architecture
 from n2n_fast.policies import KEEP_PROBABILITY
+from n2n_fast.reward import Constraints, Cost
 from n2n_fast.seeds import derived
 from n2n_fast.space import ArchitectureSpace
+from n2n_fast.transition import MOST_TILTED, Transition
 
 TIMED_STEPS = 20  # at most, of the training of a timed rollout
 TRIES = 20  # at an architecture that is not degenerate
@@ -61,11 +64,16 @@ def plan(teacher: nn.Module, data: ImageData, config: SearchConfig) -> Plan:
     logits = TeacherLogits(teacher, data.train)
     steps = max(1, round(_steps(config, len(data.train))))
     timed = replace(config, epochs=None, rollout_steps=min(TIMED_STEPS, steps))
+    constraints = Constraints(config.max_params, config.max_macs, config.max_latency)
+    cost = Cost(space.teacher.params, space.teacher.macs, latency_of(teacher, data, config))
     names, stages = STAGES[config.stages], []
     for name in names:
         last = name == names[-1]
-        found = _timed(name, space, Evaluator(name, space, data, logits, images, timed), last)
-        stages.append(_stage(name, space, found, timed, config, data, last))
+        transition = Transition.of(space, config, name == "removal", last, constraints.enough(cost, last))
+        arch, found = _timed(name, transition, Evaluator(name, space, data, logits, images, timed))
+        # what removals leave is trained at its whole width, however narrow it is tried
+        scale = 1.0 if last else max(1.0, space.teacher.macs / arch.macs)
+        stages.append(_stage(name, space, found, timed, config, data, last, scale))
     seconds = sum(stage.seconds for stage in stages) + _logits_seconds(logits, data, config)
     return Plan(space.teacher.params, space.teacher.macs, tuple(stages), seconds, space.warnings)
 
@@ -83,15 +91,16 @@ def _stage(
     config: SearchConfig,
     data: ImageData,
     last: bool,
+    scale: float,
 ) -> StagePlan:
-    """Scale the timed rollout to a stage. timed: the settings that it had."""
+    """Scale the timed rollout to a stage. timed: the settings that it had. scale: of a step of the best's training."""
     step = evaluation.seconds["train"] / timed.rollout_steps
     others = sum(seconds for part, seconds in evaluation.seconds.items() if part != "train")
     rollout = others + step * _steps(config, len(data.train))
     later = (config.updates - 1) // config.anchor_every if config.anchors and config.anchor_every else 0
     anchors = config.anchors + later
     best, epochs = (config.keep_top, config.final_epochs) if last else (1, config.stage_epochs)
-    steps = max(1, len(data.train) // config.batch_size) * (anchors * config.anchor_epochs + best * epochs)
+    steps = max(1, len(data.train) // config.batch_size) * (anchors * config.anchor_epochs + best * epochs * scale)
     choices, size = _removals(space) if name == "removal" else _shrinkages(space, config.ratios)
     rollouts = config.updates * config.rollouts
     seconds = (rollouts + anchors) * rollout + steps * step
@@ -118,12 +127,12 @@ def _shrinkages(space: ArchitectureSpace, ratios: tuple[float, ...]) -> tuple[in
     return count, total
 
 
-def _timed(name: str, space: ArchitectureSpace, evaluator: Evaluator, last: bool) -> Evaluation:
+def _timed(name: str, transition: Transition, evaluator: Evaluator) -> tuple[Architecture, Evaluation]:
     """The second of two rollouts: the first prepares what all others share."""
     config = evaluator.config
     rng = random.Random(derived(config.seed, "plan", name))
-    drawn = (arch for _ in range(TRIES) if (arch := _drawn(name, space, config, rng, last)) is not None)
-    found = [evaluator.evaluate(arch, seed) for seed, arch in zip(range(2), drawn, strict=False)]
+    drawn = (arch for _ in range(TRIES) if (arch := _drawn(transition, config, rng)) is not None)
+    found = [(arch, evaluator.evaluate(arch, seed)) for seed, arch in zip(range(2), drawn, strict=False)]
     if len(found) < 2:
         raise BadInput(
             f"{name}: no student could be drawn in {TRIES} tries; the teacher leaves next to nothing to change"
@@ -131,23 +140,21 @@ def _timed(name: str, space: ArchitectureSpace, evaluator: Evaluator, last: bool
     return found[1]
 
 
-def _drawn(
-    name: str, space: ArchitectureSpace, config: SearchConfig, rng: random.Random, last: bool
-) -> Architecture | None:
-    """An architecture as an untrained policy proposes them, at the limits on params and MACs; None where none can be.
+def _drawn(transition: Transition, config: SearchConfig, rng: random.Random) -> Architecture | None:
+    """An architecture as policies propose them when they begin; None where none can be.
 
-    Removals that no shrinkage follows are brought to no limit.
+    At limits on widths that is an anchor, of those that take longest: what they save is where it costs least time.
     """
-    count, keep = len(space.layers), config.keep_probability or KEEP_PROBABILITY
-    limited = name != "removal" or not last
-    params, macs = (config.max_params, config.max_macs) if limited else (None, None)
+    count, actions = len(transition.space.layers), list[Any]()
+    if transition.removes:
+        keep = config.keep_probability or KEEP_PROBABILITY
+        actions = [int(rng.random() < keep) for _ in range(count)]
+    elif transition.saves is not None:
+        actions = transition.tilted(rng.uniform(MOST_TILTED / 2, MOST_TILTED)).tolist()
+    else:
+        actions = [rng.choices(range(len(config.ratios)), k=2) for _ in range(count)]
     try:
-        kept, ratios = space.teacher, [1.0] * count
-        if name == "removal":
-            kept = space.remove(kept, [rng.random() < keep for _ in range(count)])
-        else:
-            ratios = rng.choices(config.ratios, k=count)
-        return space.shrink_within(kept, ratios, params=params, macs=macs)
+        return transition(actions)
     except DegenerateArchitecture:
         return None
 

@@ -1,5 +1,6 @@
 """The reward of a student, and the limits a user may set (section 3.2 of the paper)."""
 
+import math
 from dataclasses import dataclass, replace
 
 DEGENERATE = -1.0
@@ -44,6 +45,18 @@ class Constraints:
         """The limit on what an objective counts."""
         limit: float | None = getattr(self, f"max_{objective}")
         return limit
+
+    def enough(self, teacher: Cost, last: bool) -> dict[str, float]:
+        """The limits on costs that the teacher does not meet, by objective.
+
+        A stage before the last cannot bring students to a latency: there it is half of the way, as a factor.
+        """
+        found = {}
+        for name in OBJECTIVES:
+            limit = self.on(name)
+            if limit is not None and limit < (whole := teacher.of(name)):
+                found[name] = limit if last or name != "latency" else math.sqrt(limit * whole)
+        return found
 
     def gaps(self, cost: Cost, accuracy: float) -> dict[str, float]:
         """How far each limit that is not met is away, relative to it; empty where all are met."""

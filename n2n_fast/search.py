@@ -4,7 +4,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +36,7 @@ from n2n_fast.policies import KEEP_PROBABILITY, RemovalPolicy, ShrinkagePolicy, 
 from n2n_fast.proxy import Anchor, ProxyMap
 from n2n_fast.reading import parse_json, understood
 from n2n_fast.result import Chosen, Result, finish
-from n2n_fast.reward import DEGENERATE, OBJECTIVES, Constraints, Cost, reward
+from n2n_fast.reward import DEGENERATE, Constraints, Cost, reward
 from n2n_fast.run_directory import Interrupted, RunDirectory, read_state
 from n2n_fast.seeds import derived
 from n2n_fast.space import ArchitectureSpace
@@ -301,7 +300,7 @@ class _Search:
             _transfer(policy, self.policies, name)
         rate = config.removal_learning_rate if removes else config.shrinkage_learning_rate
         last = self._is_last(name)
-        enough = self._enough(last)
+        enough = self.constraints.enough(self.teacher.cost, last)
         return _Stage(
             name=name,
             space=space,
@@ -312,39 +311,14 @@ class _Search:
             else torch.tensor(space.choices(space.teacher)).T,
             limits=self.constraints if last else self.constraints.untimed,
             enough=enough,
-            transition=self._transition(space, removes, last, enough),
+            transition=Transition.of(space, config, removes, last, enough, self.reward is not None),
             optimizer=torch.optim.Adam(policy.parameters(), rate),
             generator=torch.Generator().manual_seed(derived(config.seed, name, "actions")),
             finished=[pair for done in self.trained for pair in done["finished"]],
         )
 
-    def _transition(
-        self, space: ArchitectureSpace, removes: bool, last: bool, enough: Mapping[str, float]
-    ) -> Transition:
-        """Students are brought to the limits on params and MACs, unless there is nothing but removals to do that.
-
-        One that is smaller than is rewarded gets wider, unless it has to be fast as well.
-        """
-        config, limited = self.config, enough.keys() & {"params", "macs"}
-        if not limited or (removes and last):
-            return Transition(space, removes, config.ratios)
-        saves = next(name for name in (config.objective, "params", "macs") if name in limited)
-        grows = removes or (self.reward is None and config.objective in enough and "latency" not in enough)
-        return Transition(space, removes, config.ratios, saves, config.max_params, config.max_macs, grows)
-
     def _is_last(self, stage: str) -> bool:
         return stage == STAGES[self.config.stages][-1]
-
-    def _enough(self, last: bool) -> dict[str, float]:
-        """The limits on costs, by objective; in a stage before the last, which cannot bring students to a latency, half
-        of the way to that, as a factor.
-        """
-        enough = {}
-        for name in OBJECTIVES:
-            limit = self.constraints.on(name)
-            if limit is not None and limit < (whole := self.teacher.cost.of(name)):
-                enough[name] = limit if last or name != "latency" else math.sqrt(limit * whole)
-        return enough
 
     # One stage
 

@@ -1,12 +1,14 @@
 """From what a policy draws to an architecture: T(s, a) of section 3.1, brought to the limits on params and MACs."""
 
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from n2n_fast.config import SearchConfig
 from n2n_fast.graph import Architecture
 from n2n_fast.space import ArchitectureSpace
 
@@ -28,6 +30,27 @@ class Transition:
     params: int | None = None
     macs: int | None = None
     grows: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        space: ArchitectureSpace,
+        config: SearchConfig,
+        removes: bool,
+        last: bool,
+        limited: Collection[str],
+        own_reward: bool = False,
+    ) -> "Transition":
+        """Students are brought to the limits on params and MACs, unless there is nothing but removals to do that.
+
+        One that is smaller than is rewarded gets wider, unless it has to be fast as well. last: no stage follows.
+        limited: the objectives with a limit, `Constraints.enough`. own_reward: the user's, which may reward more.
+        """
+        if not (limits := {"params", "macs"} & set(limited)) or (removes and last):
+            return cls(space, removes, config.ratios)
+        saves = next(name for name in (config.objective, "params", "macs") if name in limits)
+        grows = removes or (not own_reward and config.objective in limited and "latency" not in limited)
+        return cls(space, removes, config.ratios, saves, config.max_params, config.max_macs, grows)
 
     def __call__(self, actions: list[Any]) -> Architecture:
         """actions: for every layer whether it stays, 1 or 0; in stage 2 the places in `ratios` of channels and kernel.

@@ -8,6 +8,7 @@ import pytest
 
 from n2n_fast import SearchConfig, plan
 from n2n_fast.errors import DegenerateArchitecture
+from n2n_fast.transition import Transition
 from networks import space_of
 
 
@@ -47,11 +48,32 @@ def test_what_is_timed_is_at_the_limits_like_what_is_searched(by):
     space = space_of("mobile")
     limit = getattr(space.teacher, by) // 8
     limited = SearchConfig(**{f"max_{by}": limit})
-    for name in ("removal", "shrinkage"):
-        drawn = plan._drawn(name, space, limited, random.Random(1), last=name == "shrinkage")
+    for removes, last in ((True, False), (False, True)):
+        drawn = plan._drawn(Transition.of(space, limited, removes, last, {by}), limited, random.Random(1))
         assert drawn is not None
         assert 0.7 * limit < getattr(drawn, by) <= limit
-    alone = plan._drawn("removal", space, limited, random.Random(1), last=True)
-    assert alone == plan._drawn("removal", space, SearchConfig(), random.Random(1), last=True)
-    assert alone is not None
-    assert getattr(alone, by) > limit
+    alone = [
+        plan._drawn(Transition.of(space, config, True, True, {by}), config, random.Random(1))
+        for config in (limited, SearchConfig())
+    ]
+    assert alone[0] is not None
+    assert alone[0] == alone[1]
+    assert getattr(alone[0], by) > limit
+
+
+def test_of_students_at_a_limit_those_are_timed_that_take_longest():
+    space = space_of("mobile")
+    limited = SearchConfig(max_params=space.teacher.params // 8)
+    even = space.shrink_within(space.teacher, [1.0] * len(space.layers), params=limited.max_params)
+    transition = Transition.of(space, limited, False, True, {"params"})
+    for seed in range(5):
+        drawn = plan._drawn(transition, limited, random.Random(seed))
+        assert drawn is not None
+        assert drawn.macs > 1.1 * even.macs
+
+
+def test_without_a_limit_widths_are_drawn_by_chance():
+    space = space_of("mobile")
+    transition = Transition.of(space, SearchConfig(), False, True, {})
+    drawn = [plan._drawn(transition, SearchConfig(), random.Random(seed)) for seed in range(5)]
+    assert len({arch.key for arch in drawn if arch is not None}) == 5

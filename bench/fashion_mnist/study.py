@@ -22,8 +22,8 @@ T-even-0, B-even-smaller-0  T-search-0 and B-smaller-0 when the first anchors at
 T-longer-SEED        as T-search-SEED, its student trained for 20 epochs (B alone; these went on from T-search-SEED's
                      journal, and their seconds are those of both)
 T-smaller-SEED       as T-longer-SEED, divided by 16 (B alone)
-T-finer-SEED         as T-search-SEED, evaluations less in error: weights fitted to 2,048 images, all validation images (B
-                     alone)
+T-finer-SEED         as T-search-SEED, evaluations less in error: weights fitted to 2,048 images, all validation images
+                     (B alone)
 T-paper-SEED         the paper's protocol for as long as T-search-SEED took
 T-pruned-SEED        one-shot uniform L1 pruning (Torch-Pruning) to the params of T-search-SEED's student, trained alike
 T-halving-SEED       every other update's students of T-search-SEED's last stage, fitted to other images, as they are
