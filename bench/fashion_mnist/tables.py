@@ -12,7 +12,7 @@ from n2n_fast.reward import reward
 
 STEPS = (0, 20, 50)
 STAGES = ("removal", "shrinkage")
-SEARCHES = ("search", "longer", "chance", "random", "smaller")
+SEARCHES = ("search", "finer", "longer", "chance", "random", "smaller")
 COMPARED = ("search", "chance", "random")
 UNTRAINED = ("chance", "random")
 
