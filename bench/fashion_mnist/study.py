@@ -33,7 +33,7 @@ T-tilt-HUNDREDTHS    no search: the teacher at the limit of T-search, layers nar
                      (`ArchitectureSpace.tilted`), fitted and trained alike
 T-dense-SEED         the teacher's own net, uniformly narrower, with at least as many params, trained alike from scratch
 
-Tables of what is there: python bench/fashion_mnist/tables.py.
+Tables of what is there: python bench/fashion_mnist/tables.py; a picture: plots.py there.
 """
 
 import argparse

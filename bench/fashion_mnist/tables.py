@@ -136,12 +136,9 @@ def reward_table(name):
     the maps' own errors do not count.
     """
     for stage in STAGES:
-        pieces = [(kind, f"{name}-{kind}-{seed}") for kind in COMPARED for seed in SEEDS]
-        anchors = [line for _, piece in pieces for line in history(piece, "anchor") if line["stage"] == stage]
-        one_map = ProxyMap.fit([Anchor("", a["proxy_accuracy"], a["accuracy"]) for a in anchors if a["accuracy"]])
         for kind in COMPARED:
-            given = [run for of, piece in pieces if of == kind and (run := rewards_of(piece, stage))]
-            again = [rejudged(name, piece, stage, one_map) for of, piece in pieces if of == kind and history(piece)]
+            given = [run for seed in SEEDS if (run := rewards_of(f"{name}-{kind}-{seed}", stage))]
+            again = rejudged(name, kind, stage)
             if given:
                 text = f"  {stage}, {kind}: best reward {best_of(given)}, by one map {best_of(again)}; means"
                 print(text, ", ".join(f"{statistics.mean(run):.4f}" for run in again))
@@ -154,14 +151,27 @@ def best_of(runs):
     return f"{statistics.mean(best):.4f}{error}"
 
 
-def rejudged(name, piece, stage, one_map):
-    """The rewards of a stage's students, had this been the map."""
-    teacher = need(f"{name}-teacher")
-    most = teacher["params"] // SMALLER["search"][name]
+@functools.cache
+def one_map(name, stage):
+    """Fitted to the anchors of all searches that are compared."""
+    pieces = [f"{name}-{kind}-{seed}" for kind in COMPARED for seed in SEEDS]
+    anchors = [line for piece in pieces for line in history(piece, "anchor") if line["stage"] == stage]
+    return ProxyMap.fit([Anchor("", a["proxy_accuracy"], a["accuracy"]) for a in anchors if a["accuracy"]])
+
+
+def rejudged(name, kind, stage):
+    """The rewards of a stage's students, had that been the map: a list for each seed."""
+    teacher, mapped = need(f"{name}-teacher"), one_map(name, stage)
+    whole = teacher["params"]
+    most = whole // SMALLER["search"][name]
     return [
-        reward(one_map(line["proxy_accuracy"])[0], max(line["params"], most), teacher["validation"], teacher["params"])
-        for line in history(piece)
-        if line["stage"] == stage and line["proxy_accuracy"] is not None
+        [
+            reward(mapped(line["proxy_accuracy"])[0], max(line["params"], most), teacher["validation"], whole)
+            for line in rollouts
+            if line["stage"] == stage and line["proxy_accuracy"] is not None
+        ]
+        for seed in SEEDS
+        if (rollouts := history(f"{name}-{kind}-{seed}"))
     ]
 
 
