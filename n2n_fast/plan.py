@@ -71,9 +71,7 @@ def plan(teacher: nn.Module, data: ImageData, config: SearchConfig) -> Plan:
         last = name == names[-1]
         transition = Transition.of(space, config, name == "removal", last, constraints.enough(cost, last))
         arch, found = _timed(name, transition, Evaluator(name, space, data, logits, images, timed))
-        # what removals leave is trained at its whole width, however narrow it is tried
-        scale = 1.0 if last else max(1.0, space.teacher.macs / arch.macs)
-        stages.append(_stage(name, space, found, timed, config, data, last, scale))
+        stages.append(_stage(name, space, arch, found, timed, config, data, last))
     seconds = sum(stage.seconds for stage in stages) + _logits_seconds(logits, data, config)
     return Plan(space.teacher.params, space.teacher.macs, tuple(stages), seconds, space.warnings)
 
@@ -86,21 +84,23 @@ def _steps(config: SearchConfig, images: int) -> float:
 def _stage(
     name: str,
     space: ArchitectureSpace,
+    arch: Architecture,
     evaluation: Evaluation,
     timed: SearchConfig,
     config: SearchConfig,
     data: ImageData,
     last: bool,
-    scale: float,
 ) -> StagePlan:
-    """Scale the timed rollout to a stage. timed: the settings that it had. scale: of a step of the best's training."""
+    """Scale the timed rollout, of `arch`, to a stage. timed: the settings that it had."""
     step = evaluation.seconds["train"] / timed.rollout_steps
     others = sum(seconds for part, seconds in evaluation.seconds.items() if part != "train")
     rollout = others + step * _steps(config, len(data.train))
     later = (config.updates - 1) // config.anchor_every if config.anchors and config.anchor_every else 0
     anchors = config.anchors + later
     best, epochs = (config.keep_top, config.final_epochs) if last else (1, config.stage_epochs)
-    steps = max(1, len(data.train) // config.batch_size) * (anchors * config.anchor_epochs + best * epochs * scale)
+    if not last:  # what removals leave is trained at its whole width, however narrow it is tried
+        epochs *= max(1.0, space.teacher.macs / arch.macs)
+    steps = max(1, len(data.train) // config.batch_size) * (anchors * config.anchor_epochs + best * epochs)
     choices, size = _removals(space) if name == "removal" else _shrinkages(space, config.ratios)
     rollouts = config.updates * config.rollouts
     seconds = (rollouts + anchors) * rollout + steps * step

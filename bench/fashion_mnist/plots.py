@@ -2,10 +2,8 @@
 
 import numpy as np
 from matplotlib.figure import Figure
-from study import ANCHORS, HERE, SEEDS, STUDENTS, need
-from tables import COMPARED, held, rejudged, rewards, spearman
-
-from n2n_fast.proxy import Anchor, ProxyMap
+from study import ANCHORS, HERE, PROXIED, SEEDS, STUDENTS, need
+from tables import COMPARED, held, mapped, rejudged, rewards, spearman, student_of
 
 NAMES = {"A": "ResNet-18", "B": "ResNet-32"}
 KINDS = {"search": "n2n_fast", "longer": "n2n_fast, 20 epochs", "smaller": "n2n_fast, 16x, 20 epochs",
@@ -17,19 +15,15 @@ SMOOTHED = 20  # students, of a running mean
 
 
 def proxies(axes, steps=20):
-    """What a few steps say of a student of the ResNet-18, with and without the map, against ten epochs."""
-    rows = held(f"A-proxy-{n}" for n in range(STUDENTS))
-    anchors = held(f"A-anchor-{n}" for n in range(ANCHORS))
-    key = f"steps {steps}"
-    fitted = ProxyMap.fit([Anchor("", a[key], a["epochs 1"]) for a in anchors])
+    """What a few steps say of a student, with and without the map, against ten epochs."""
+    rows = held(f"{PROXIED}-proxy-{n}" for n in range(STUDENTS))
+    anchors = held(f"{PROXIED}-anchor-{n}" for n in range(ANCHORS))
+    raw = [row[f"steps {steps}"] for row in rows]
     full = rewards(rows, [row["epochs 10"] for row in rows])
-    for label, marker, found in (
-        ("as it is", "x", [row[key] for row in rows]),
-        ("corrected", "o", [fitted(row[key])[0] for row in rows]),
-    ):
+    for label, marker, found in (("as it is", "x", raw), ("corrected", "o", mapped(raw, anchors, steps, 1))):
         given = rewards(rows, found)
         axes.plot(given, full, marker, label=f"{label}, Spearman {spearman(given, full):.2f}")
-    axes.set(title=f"{NAMES['A']}: {len(rows)} students drawn at random", xlabel=f"reward after {steps} steps")
+    axes.set(title=f"{NAMES[PROXIED]}: {len(rows)} students drawn at random", xlabel=f"reward after {steps} steps")
     axes.set_ylabel("reward after ten epochs")
 
 
@@ -47,12 +41,10 @@ def accuracies(axes, name):
     teacher = need(f"{name}-teacher")
     axes.axhline(100 * teacher["test"], color="black", linewidth=1, label="teacher")
     for kind, label in KINDS.items():
-        pieces = held(f"{name}-{kind}-{seed}" for seed in SEEDS)
-        found = [piece["table"]["student"] if "table" in piece else piece for piece in pieces]
+        found = [student_of(piece) for piece in held(f"{name}-{kind}-{seed}" for seed in SEEDS)]
         if found:
-            smaller = [teacher["params"] / student["params"] for student in found]
-            tests = [100 * student.get("test_accuracy", student.get("test")) for student in found]
-            axes.plot(smaller, tests, MARKERS[kind], label=label)
+            params, tests = np.transpose(found)
+            axes.plot(teacher["params"] / params, 100 * tests, MARKERS[kind], label=label)
     axes.set(title=f"{NAMES[name]}: three seeds each", xlabel="times fewer params", ylabel="test accuracy, %")
 
 

@@ -42,6 +42,12 @@ def rewards(rows, accuracies):
     return [reward(a, row["params"], row["teacher"], row["teacher_params"]) for row, a in found]
 
 
+def mapped(accuracies, anchors, steps, epochs):
+    """Accuracies after so many steps as a map of the anchors, trained for so many epochs, corrects them."""
+    fitted = ProxyMap.fit([Anchor("", a[f"steps {steps}"], a[f"epochs {epochs}"]) for a in anchors])
+    return [fitted(accuracy)[0] for accuracy in accuracies]
+
+
 def proxy_table(name):
     """Rank correlation with the reward after 10 epochs, with and without the map."""
     rows = held(f"{name}-proxy-{n}" for n in range(STUDENTS))
@@ -56,9 +62,7 @@ def proxy_table(name):
         text += f", accuracy {spearman(raw, [row['epochs 10'] for row in rows]):.2f}"
         for epochs in (1, 10):
             if len(anchors) >= 3:
-                key = f"steps {steps}"
-                fitted = ProxyMap.fit([Anchor("", a[key], a[f"epochs {epochs}"]) for a in anchors])
-                corrected = [fitted(value)[0] for value in raw]
+                corrected = mapped(raw, anchors, steps, epochs)
                 off = statistics.mean(abs(c - row["epochs 10"]) for c, row in zip(corrected, rows, strict=True))
                 rank = spearman(rewards(rows, corrected), full)
                 text += f"; corrected by {epochs} epochs {rank:.2f}, {100 * off:.1f} points off"
@@ -94,6 +98,12 @@ def of_seeds(values):
     return f"{statistics.mean(values):.2f}{deviation}"
 
 
+def student_of(piece):
+    """(params, test accuracy) of what a search or a control ended with; None for what it does not tell."""
+    student = piece["table"]["student"] if piece.get("table") else piece
+    return student.get("params"), student.get("test_accuracy", student.get("test"))
+
+
 def search_table(name):
     """The result of every search and of the controls of its size."""
     teacher = there(f"{name}-teacher")
@@ -106,12 +116,11 @@ def search_table(name):
         tests = []
         for number, piece in found.items():
             text = f"  {kind} {number}: {piece['seconds'] / 60:.0f} min"
-            student = piece["table"]["student"] if piece.get("table") else piece
-            test = student.get("test_accuracy", student.get("test"))
+            params, test = student_of(piece)
             if test is not None and kind not in UNTRAINED:
                 tests.append(100 * test)
-                times = teacher["params"] / student["params"]
-                text += f", {student['params']:,} params ({times:.1f}x), test {test:.2%}"
+                times = teacher["params"] / params
+                text += f", {params:,} params ({times:.1f}x), test {test:.2%}"
             for stage in STAGES:
                 rollouts = rewards_of(f"{name}-{kind}-{number}", stage)
                 if rollouts:
@@ -161,12 +170,12 @@ def one_map(name, stage):
 
 def rejudged(name, kind, stage):
     """The rewards of a stage's students, had that been the map: a list for each seed."""
-    teacher, mapped = need(f"{name}-teacher"), one_map(name, stage)
+    teacher, fitted = need(f"{name}-teacher"), one_map(name, stage)
     whole = teacher["params"]
     most = whole // SMALLER["search"][name]
     return [
         [
-            reward(mapped(line["proxy_accuracy"])[0], max(line["params"], most), teacher["validation"], whole)
+            reward(fitted(line["proxy_accuracy"])[0], max(line["params"], most), teacher["validation"], whole)
             for line in rollouts
             if line["stage"] == stage and line["proxy_accuracy"] is not None
         ]
