@@ -22,6 +22,7 @@ from n2n_fast.space import ArchitectureSpace
 from n2n_fast.transition import MOST_TILTED, Transition
 
 TIMED_STEPS = 20  # at most, of the training of a timed rollout
+STEP_TO_LOGITS = 3  # a training step to a forward pass alone, about
 TRIES = 20  # at an architecture that is not degenerate
 
 
@@ -66,13 +67,14 @@ def plan(teacher: nn.Module, data: ImageData, config: SearchConfig) -> Plan:
     timed = replace(config, epochs=None, rollout_steps=min(TIMED_STEPS, steps))
     constraints = Constraints(config.max_params, config.max_macs, config.max_latency)
     cost = Cost(space.teacher.params, space.teacher.macs, latency_of(teacher, data, config))
+    each = _logits_seconds(logits, data)
     names, stages = STAGES[config.stages], []
     for name in names:
         last = name == names[-1]
         transition = Transition.of(space, config, name == "removal", last, constraints.enough(cost, last))
-        arch, found = _timed(name, transition, Evaluator(name, space, data, logits, images, timed))
-        stages.append(_stage(name, space, arch, found, timed, config, data, last))
-    seconds = sum(stage.seconds for stage in stages) + _logits_seconds(logits, data, config)
+        found = _timed(name, transition, Evaluator(name, space, data, logits, images, timed))
+        stages.append(_stage(name, space, found, timed, config, data, last, each))
+    seconds = sum(stage.seconds for stage in stages) + each * _logits_to_come(data, config)
     return Plan(space.teacher.params, space.teacher.macs, tuple(stages), seconds, space.warnings)
 
 
@@ -84,26 +86,29 @@ def _steps(config: SearchConfig, images: int) -> float:
 def _stage(
     name: str,
     space: ArchitectureSpace,
-    arch: Architecture,
     evaluation: Evaluation,
     timed: SearchConfig,
     config: SearchConfig,
     data: ImageData,
     last: bool,
+    each: float,
 ) -> StagePlan:
-    """Scale the timed rollout, of `arch`, to a stage. timed: the settings that it had."""
+    """Scale the timed rollout to a stage. timed: the settings that it had. each: the teacher's seconds for an image."""
     step = evaluation.seconds["train"] / timed.rollout_steps
     others = sum(seconds for part, seconds in evaluation.seconds.items() if part != "train")
     rollout = others + step * _steps(config, len(data.train))
     later = (config.updates - 1) // config.anchor_every if config.anchors and config.anchor_every else 0
     anchors = config.anchors + later
-    best, epochs = (config.keep_top, config.final_epochs) if last else (1, config.stage_epochs)
-    if not last:  # what removals leave is trained at its whole width, however narrow it is tried
-        epochs *= max(1.0, space.teacher.macs / arch.macs)
-    steps = max(1, len(data.train) // config.batch_size) * (anchors * config.anchor_epochs + best * epochs)
+    steps_per_epoch = max(1, len(data.train) // config.batch_size)
+    best = config.keep_top if last else 1
+    if last:
+        training = best * config.final_epochs * step
+    else:  # what removals leave is trained at its whole width, however narrow it is tried
+        training = config.stage_epochs * max(step, STEP_TO_LOGITS * each * config.batch_size)
+    training += anchors * config.anchor_epochs * step
     choices, size = _removals(space) if name == "removal" else _shrinkages(space, config.ratios)
     rollouts = config.updates * config.rollouts
-    seconds = (rollouts + anchors) * rollout + steps * step
+    seconds = (rollouts + anchors) * rollout + steps_per_epoch * training
     return StagePlan(name, choices, size, rollouts, rollout, anchors + best, seconds)
 
 
@@ -127,12 +132,12 @@ def _shrinkages(space: ArchitectureSpace, ratios: tuple[float, ...]) -> tuple[in
     return count, total
 
 
-def _timed(name: str, transition: Transition, evaluator: Evaluator) -> tuple[Architecture, Evaluation]:
+def _timed(name: str, transition: Transition, evaluator: Evaluator) -> Evaluation:
     """The second of two rollouts: the first prepares what all others share."""
     config = evaluator.config
     rng = random.Random(derived(config.seed, "plan", name))
     drawn = (arch for _ in range(TRIES) if (arch := _drawn(transition, config, rng)) is not None)
-    found = [(arch, evaluator.evaluate(arch, seed)) for seed, arch in zip(range(2), drawn, strict=False)]
+    found = [evaluator.evaluate(arch, seed) for seed, arch in zip(range(2), drawn, strict=False)]
     if len(found) < 2:
         raise BadInput(
             f"{name}: no student could be drawn in {TRIES} tries; the teacher leaves next to nothing to change"
@@ -159,15 +164,19 @@ def _drawn(transition: Transition, config: SearchConfig, rng: random.Random) -> 
         return None
 
 
-def _logits_seconds(logits: TeacherLogits, data: ImageData, config: SearchConfig) -> float:
-    """Seconds for the teacher's logits of all training images, of each of their views where they are augmented."""
+def _logits_seconds(logits: TeacherLogits, data: ImageData) -> float:
+    """Seconds of the teacher for one image."""
     images = data.train.batch(torch.arange(min(128, len(data.train)), device=data.train.labels.device))[0]
     logits(images)
     start = time.perf_counter()
     logits(images)
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
-    each = (time.perf_counter() - start) / len(images)
+    return (time.perf_counter() - start) / len(images)
+
+
+def _logits_to_come(data: ImageData, config: SearchConfig) -> int:
+    """How many images the teacher will see: those of the training, each of their views where they are augmented."""
     epochs = math.ceil(max(config.anchor_epochs if config.anchors else 0.0, config.stage_epochs, config.final_epochs))
     views = 1 if data.augmentation is None else max(1, min(data.augmentation.views or epochs, epochs))
-    return each * len(data.train) * views
+    return len(data.train) * views
