@@ -26,7 +26,7 @@ from n2n_fast.reading import understood
 from n2n_fast.result import load_student
 from n2n_fast.reward import OBJECTIVES
 from n2n_fast.run_directory import Interrupted, read_settings
-from n2n_fast.search import Rollout, SearchProgress, compress
+from n2n_fast.search import Rollout, SearchProgress, compress, read_policies
 from n2n_fast.space import INITS, SALIENCIES, ArchitectureSpace
 from n2n_fast.workers import Workers
 
@@ -205,6 +205,8 @@ def run(context: click.Context, /, **options: Any) -> int:
     if options["tensorboard"]:
         report.check_tensorboard()
     config = _config(options)
+    if options["policy"] is not None:
+        read_policies(options["policy"])  # before a teacher is trained, and in a dry run
     model, images = _teacher_and_data(options, config.seed)
     if options["dry_run"]:
         found = plan(model, images, config)

@@ -198,7 +198,7 @@ class _Search:
         self.training, self.reward = training, reward
         self.config, self.data, self.progress, self.engine = config, data, progress, engine
         self.device = data.train.images.device
-        self.policies = {} if policies is None else _read_policies(Path(policies))
+        self.policies = {} if policies is None else read_policies(Path(policies))
         self.calibration = self._calibration_images()
         self.given = copy.deepcopy(teacher).eval().to(self.device, torch.float32)
 
@@ -775,7 +775,8 @@ def _optional(held: Any) -> float | None:
     return None if held is None else checked(held, float)
 
 
-def _read_policies(path: Path) -> dict[str, Any]:
+def read_policies(path: Path) -> dict[str, Any]:
+    """The policies of another run, by stage. Raises BadInput where the file holds none."""
     held = read_state(path)
     if not held.keys() & set(STAGES["both"]):
         raise BadInput(f"{path}: holds no policy; give the policies.pt of a run")

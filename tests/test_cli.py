@@ -137,6 +137,15 @@ def test_the_command_line_comes_before_the_environment_and_that_before_the_file(
     assert macs() == by_file
 
 
+def test_a_dry_run_looks_at_the_policies_too(digits_teacher, invoke, tmp_path):
+    (tmp_path / "none.pt").write_text("# no policies\n")
+    command = ("run", "--teacher", digits_teacher[0], *QUICK, "--policy", tmp_path / "none.pt", "--dry-run")
+    code, _, err = invoke(*command)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "none.pt" in err
+
+
 def test_a_dry_run_writes_nothing(digits_teacher, invoke, tmp_path):
     command = ("run", "--teacher", digits_teacher[0], *QUICK, "--dry-run", "--quiet")
     code, out, err = invoke(*command)
