@@ -33,7 +33,7 @@ def evaluator(data):
             teacher = SmallResNet(1, data.classes, 1).eval()
         images = data.train.batch(torch.arange(32))[0]
         space = ArchitectureSpace(teacher, images[:2], images)
-        config = SearchConfig(init="inherit", rollout_steps=steps, batch_size=16, **settings)
+        config = SearchConfig(init="sliced", rollout_steps=steps, batch_size=16, **settings)
         return Evaluator("shrinkage", space, data, TeacherLogits(teacher, data.train), images, config)
 
     return of
