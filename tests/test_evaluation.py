@@ -97,7 +97,7 @@ def test_a_reconstruction_that_cannot_be_solved_is_an_error(evaluator, monkeypat
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_overflow_of_mixed_precision_diverges(dtype, evaluator, monkeypatch):
-    monkeypatch.setattr(distill, "mixed_precision", lambda _: torch.autocast("cpu", dtype))
+    monkeypatch.setattr(distill, "mixed_precision", lambda *_: torch.autocast("cpu", dtype))
     judge = evaluator(2)
     spoiled(monkeypatch, lambda student: student.fc.weight.fill_(1e38))
     found = judge.evaluate(judge.space.teacher, 0)
