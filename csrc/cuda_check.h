@@ -10,7 +10,8 @@ namespace n2n {
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  // begins as torch's do: whoever tells a device's faults from others goes by that
+  throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error) + ", at " + what);
 }
 
 // Launches on `stream`, an address; does not wait.

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from n2n_fast import trials
+from n2n_fast.errors import raise_device_fault
 from n2n_fast.tracing import ChannelScale, is_dropout
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -515,7 +516,8 @@ class ChannelLabels:
                 if moved is not None:
                     return self._after_move(node, value, moved)
                 dim = trials.separate(function, shape, value.dim)
-        except Exception:  # noqa: BLE001 - whatever it raises, it is not understood
+        except Exception as error:  # noqa: BLE001 - whatever it raises, it is not understood
+            raise_device_fault(error)
             return None
         return None if dim is None else Channels(dim, value.labels)
 
@@ -528,7 +530,8 @@ class ChannelLabels:
         try:
             with torch.no_grad():
                 return trials.reduces(call[1], self.shapes[call[0]], value.dim)
-        except Exception:  # noqa: BLE001 - whatever it raises, it is not understood
+        except Exception as error:  # noqa: BLE001 - whatever it raises, it is not understood
+            raise_device_fault(error)
             return False
 
     def _callable(self, node: fx.Node) -> tuple[fx.Node, Callable[[Tensor], Any]] | None:

@@ -18,7 +18,7 @@ from n2n_fast import report, teacher
 from n2n_fast.config import PROTOCOLS, STAGES, SearchConfig
 from n2n_fast.data import ImageData, accuracy
 from n2n_fast.datasets import load
-from n2n_fast.errors import BadInput, first_line
+from n2n_fast.errors import BadInput, DeviceFault, first_line, raise_device_fault, telling_device_faults
 from n2n_fast.export import SUFFIXES, export
 from n2n_fast.options import OF_ONE_CALL, Group, option, section, version
 from n2n_fast.plan import plan
@@ -50,7 +50,8 @@ DIGITS_TEACHER_EPOCHS = 30.0
 def main() -> None:
     """Run the command line; every foreseen failure is one line on stderr."""
     try:
-        sys.exit(cli(standalone_mode=False) or 0)
+        with telling_device_faults():
+            sys.exit(cli(standalone_mode=False) or 0)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.ClickException as error:
@@ -183,7 +184,12 @@ def cli() -> None:
     "Workers",
     option("--workers", type=click.IntRange(min=1), metavar="N", help="Evaluate in N Ray workers (extra ray)."),
     option("--ray-address", metavar="ADDRESS", help="Of a Ray cluster; default: start Ray on this machine."),
-    option("--gpus-per-worker", type=click.FloatRange(min=0), default=0.0, metavar="G", help="May be a fraction."),
+    option(
+        "--gpus-per-worker",
+        type=click.FloatRange(min=0),
+        metavar="G",
+        help="May be a fraction; default: on a GPU an even share of all, else none.",
+    ),
 )
 @section(
     "Run and output",
@@ -212,14 +218,14 @@ def run(context: click.Context, /, **options: Any) -> int:
         found = plan(model, images, config)
         _tell(options["as_json"], asdict(found), report.plan_table(found))
         return 0
-    start = time.perf_counter()
+    start, out = time.perf_counter(), options["resume"] or options["out"] or _free_directory()
     try:
         with _Bar(options["quiet"]) as bar, bar.stops_by_signals():
             result = compress(
                 model,
                 images,
                 config,
-                options["resume"] or options["out"] or _free_directory(),
+                out,
                 bar,
                 resume=options["resume"] is not None,
                 policies=options["policy"],
@@ -229,6 +235,10 @@ def run(context: click.Context, /, **options: Any) -> int:
     except Interrupted as stopped:  # here, since click knows a KeyboardInterrupt alone
         click.echo(f"interrupted; go on with: n2n-fast run --resume {stopped}", err=True)
         return INTERRUPTED
+    except DeviceFault as fault:
+        if not (out / "config.json").is_file():
+            raise
+        raise DeviceFault(f"{fault}; what is done is kept, go on with: n2n-fast run --resume {out}") from None
     report.draw_if_possible(result.out, options["tensorboard"], bar.message)
     names = ("student.pt2", "student.pt", "result.json", "report.html", report.TENSORBOARD)
     written = ", ".join(n for n in names if (result.out / n).exists())
@@ -504,6 +514,7 @@ def _logits(student: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     try:
         logits = student(batch)
     except Exception as error:  # noqa: BLE001 - a student from a file can be any program
+        raise_device_fault(error)
         raise BadInput(f"the student does not take images of {tuple(batch.shape)} ({first_line(error)})") from None
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(batch):
         raise BadInput("the student gives no logits; give the run of another")

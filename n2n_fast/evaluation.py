@@ -1,7 +1,7 @@
 """What a student is worth: the accuracy that a few steps give it, and its training in full (section 3.3)."""
 
+import copy
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from n2n_fast.batches import Batches, TeacherLogits
+from n2n_fast.clock import now
 from n2n_fast.config import SearchConfig
 from n2n_fast.data import ImageData, Split, accuracy
 from n2n_fast.distill import BatchSource, Keeper, Progress, fit, latency_ms, recalibrate, seeded
@@ -18,7 +19,7 @@ from n2n_fast.graph import Architecture
 from n2n_fast.journal import is_evaluation
 from n2n_fast.seeds import derived
 from n2n_fast.space import ArchitectureSpace
-from n2n_fast.states import load_finite
+from n2n_fast.states import load_finite, on_cpu
 from n2n_fast.tracing import run
 
 Training = Callable[[nn.Module, float], object]  # trains a student in place, for so many epochs
@@ -50,7 +51,8 @@ class Evaluation:
 
 
 class Evaluator:
-    """Builds, trains and tries the students of one space. The same architecture and seed give the same result.
+    """Builds, trains and tries the students of one space. On a CPU the same architecture and seed give the same
+    result.
 
     All rollouts share their batches, the teacher's logits for them, and the images that they are tried on, so that
     students differ by what they are and not by what they saw.
@@ -72,7 +74,7 @@ class Evaluator:
         """
         self.stage, self.space, self.data, self.config = stage, space, data, config
         self._logits, self._calibration, self._training = logits, calibration, training
-        self._device = data.train.images.device
+        self.device = data.train.images.device
         steps_per_epoch = max(1, len(data.train) // config.batch_size)
         self._rollout_epochs = config.rollout_steps / steps_per_epoch if config.epochs is None else config.epochs
         self._rollout_batches = self._batches(self._rollout_epochs, keep=True)
@@ -80,9 +82,9 @@ class Evaluator:
 
     def evaluate(self, arch: Architecture, seed: int) -> Evaluation:
         """A student after the few steps of a rollout; what is not finite in it becomes the evaluation's error."""
-        clock, latency = _Clock(), None
+        clock, latency = _Clock(self.device), None
         try:
-            with seeded(seed, self._device):
+            with seeded(seed, self.device):
                 student = self._build(arch)
                 clock.note("build")
                 latency = _finite(latency_of(student, self.data, self.config))
@@ -108,7 +110,7 @@ class Evaluator:
         batches = self._batches(epochs, views=self.data.augmentation.views if self.data.augmentation else None)
         if progress is not None:
             progress.stage(f"training {purpose}", len(batches))
-        with seeded(derived(self.config.seed, self.stage, "training", arch.key), self._device):
+        with seeded(derived(self.config.seed, self.stage, "training", arch.key), self.device):
             student = self._build(arch)
             # at the full rate a training of few steps harms students that are nearly the teacher
             learning_rate = self.config.final_learning_rate * math.sqrt(min(1.0, len(batches) / FULL_RATE_STEPS))
@@ -158,6 +160,8 @@ def latency_of(model: nn.Module, data: ImageData, config: SearchConfig) -> float
 class Recipe:
     """All that a stage's evaluator is made of, to be made in another process. earlier: what the stages before ended
     with, as JSON of the architecture and the student's state dict.
+
+    It is pickled with everything on the CPU, since the other process may see another device, or none.
     """
 
     stage: str
@@ -168,14 +172,27 @@ class Recipe:
     earlier: tuple[tuple[str, dict[str, Tensor]], ...] = ()
     training: Training | None = None
 
-    def __call__(self) -> Evaluator:
-        """Make the evaluator."""
-        space = space_of(self.teacher, self.calibration, self.config)
-        logits = TeacherLogits(giving_logits(self.teacher, space, self.calibration), self.data.train)
+    def __getstate__(self) -> dict[str, Any]:
+        """Its fields, the tensors in them on the CPU."""
+        teacher, data = copy.deepcopy(self.teacher).cpu(), self.data.to("cpu")
+        moved = {
+            "teacher": teacher,
+            "data": data,
+            "calibration": self.calibration.cpu(),
+            "earlier": on_cpu(self.earlier),
+        }
+        return {**self.__dict__, **moved}
+
+    def __call__(self, device: torch.device | str | None = None) -> Evaluator:
+        """Make the evaluator. device: where it shall work; default: where the data are."""
+        device = torch.device(device or self.data.train.images.device)
+        teacher, data, calibration = self.teacher.to(device), self.data.to(device), self.calibration.to(device)
+        space = space_of(teacher, calibration, self.config)
+        logits = TeacherLogits(giving_logits(teacher, space, calibration), data.train)
         for architecture, state in self.earlier:
             student = restored(space, Architecture.from_json(architecture), state)
-            space = space_of(student, self.calibration, self.config)
-        return Evaluator(self.stage, space, self.data, logits, self.calibration, self.config, self.training)
+            space = space_of(student, calibration, self.config)
+        return Evaluator(self.stage, space, data, logits, calibration, self.config, self.training)
 
 
 def space_of(teacher: nn.Module, calibration: Tensor, config: SearchConfig) -> ArchitectureSpace:
@@ -206,15 +223,15 @@ def _finite(latency: float | None) -> float | None:
 
 
 class _Clock:
-    """Seconds between notes, by name."""
+    """Seconds between notes, by name, of what a device was asked for in between."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._device, self._last = device, now(device)
 
     def note(self, part: str) -> None:
-        now = time.perf_counter()
-        self.seconds[part], self._last = round(now - self._last, 4), now
+        at = now(self._device)
+        self.seconds[part], self._last = round(at - self._last, 4), at
 
 
 def _subset(split: Split, count: int | None, seed: int) -> Split:

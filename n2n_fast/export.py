@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from n2n_fast.distill import median_ms
-from n2n_fast.errors import BadInput, first_line
+from n2n_fast.errors import BadInput, first_line, raise_device_fault
 from n2n_fast.result import exported_program, load_student
 
 SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "state-dict": ".pt"}
@@ -135,6 +135,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, opset: int | 
                 verbose=False,
             )
     except Exception as error:  # noqa: BLE001 - an exporter fails in many ways
+        raise_device_fault(error)
         raise BadInput(f"torch.onnx does not take this student ({first_line(error)}); give --to pt2") from None
     held = next(part.version for part in onnx.load(path).opset_import if part.domain in ("", "ai.onnx"))
     if opset not in (None, held):

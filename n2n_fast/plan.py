@@ -2,7 +2,6 @@
 
 import math
 import random
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from n2n_fast.batches import TeacherLogits
+from n2n_fast.clock import now
 from n2n_fast.config import STAGES, SearchConfig
 from n2n_fast.data import ImageData
 from n2n_fast.errors import BadInput, DegenerateArchitecture
@@ -168,11 +168,9 @@ def _logits_seconds(logits: TeacherLogits, data: ImageData) -> float:
     """Seconds of the teacher for one image."""
     images = data.train.batch(torch.arange(min(128, len(data.train)), device=data.train.labels.device))[0]
     logits(images)
-    start = time.perf_counter()
+    start = now(images.device)
     logits(images)
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-    return (time.perf_counter() - start) / len(images)
+    return (now(images.device) - start) / len(images)
 
 
 def _logits_to_come(data: ImageData, config: SearchConfig) -> int:

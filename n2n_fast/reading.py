@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from n2n_fast.errors import BadInput, first_line
+from n2n_fast.errors import BadInput, first_line, raise_device_fault
 
 MAX_OPERATIONS = 3_000_000  # of a pickle: enough for a hundred thousand tensors
 FREE_BYTES = 1 << 26  # a tensor may be so large without its file holding that much: expanded ones are saved small
@@ -90,6 +90,7 @@ def understood(what: str | Path) -> Iterator[None]:
     except BadInput as error:
         raise BadInput(f"{what}: {error}") from None
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise_device_fault(error)
         reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise BadInput(f"{what}: does not fit this run, or is damaged ({reason})") from None
 

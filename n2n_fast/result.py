@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from n2n_fast.config import SearchConfig
 from n2n_fast.data import ImageData, accuracy
 from n2n_fast.distill import Progress, latency_ms
-from n2n_fast.errors import BadInput, first_line
+from n2n_fast.errors import BadInput, first_line, raise_device_fault
 from n2n_fast.evaluation import latency_of
 from n2n_fast.exported import read_student
 from n2n_fast.graph import Architecture
@@ -59,6 +59,7 @@ def finish(
     points: every student that was evaluated.
     """
     student, arch = independent_copy(student), chosen[-1].architecture
+    saved = independent_copy(student).cpu()  # torch.export.load has no map_location: files are made on the CPU
     progress.message("measuring teacher and student")
     table: dict[str, Any] = {
         "data": data.name,
@@ -70,12 +71,13 @@ def finish(
     table["gaps"] = constraints.gaps(cost, table["student"]["validation_accuracy"])
     table["feasible"] = not table["gaps"]
     directory.write_json("architecture.json", [_described(part) for part in chosen])
-    directory.write_tensors("student.pt", student.state_dict())
+    directory.write_tensors("student.pt", saved.state_dict())
     directory.write_json("front.json", {by: [asdict(p) for p in front(points, by)] for by in ("params", "macs")})
-    example = data.validation.batch(torch.arange(2) % len(data.validation))[0]
+    index = torch.arange(2, device=data.validation.labels.device) % len(data.validation)
     try:
-        directory.write("student.pt2", _exported(student, example))
+        directory.write("student.pt2", _exported(saved, data.validation.batch(index)[0].cpu()))
     except Exception as error:  # noqa: BLE001 - what a leaf's own code raises; nothing else may be lost by it
+        raise_device_fault(error)
         progress.message(
             f"warning: student.pt2 was not written, torch.export does not take the student ({first_line(error)}); "
             "its weights are in student.pt"

@@ -14,6 +14,7 @@ import torch
 from n2n_fast.errors import BadInput
 from n2n_fast.journal import is_whole
 from n2n_fast.reading import parse_json, read_tensors, understood
+from n2n_fast.states import on_cpu
 
 KEEP_SECONDS = 30.0  # between two states of a training
 SHOWN_KEYS = 5
@@ -177,9 +178,9 @@ class RunDirectory:
         self.write(name, (json.dumps(content, indent=2) + "\n").encode())
 
     def write_tensors(self, name: str, content: Any) -> None:
-        """Replace a file by what torch.save makes of tensors and plain values."""
+        """Replace a file by what torch.save makes of tensors, of any device, and plain values."""
         file = io.BytesIO()
-        torch.save(content, file)
+        torch.save(on_cpu(content), file)
         self.write(name, file.getvalue())
 
     def read_tensors(self, name: str) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ import copy
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,10 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from n2n_fast.batches import TeacherLogits
+from n2n_fast.clock import now
 from n2n_fast.config import STAGES, SearchConfig
 from n2n_fast.data import ImageData, accuracy
 from n2n_fast.distill import Progress, seeded
-from n2n_fast.errors import BadInput, DegenerateArchitecture, first_line
+from n2n_fast.errors import BadInput, DegenerateArchitecture, first_line, telling_device_faults
 from n2n_fast.evaluation import (
     NOT_FINITE,
     Evaluation,
@@ -159,14 +159,14 @@ def compress(
     end. On a CPU the same seed gives the same result, unless latencies count. resume: go on with the run in `out`, to
     the very same end. policies: file with the policies of another run to start from, its policies.pt. command: what
     config.json shall note of how this was called. workers: evaluate students in Ray workers, whose number does not
-    change the result. Raises BadInput where teacher, data or `out` cannot be used, and Interrupted where `progress`
-    says to stop.
+    change the result on CPUs. Raises BadInput where teacher, data or `out` cannot be used, DeviceFault, which is one,
+    where the device fails or its memory runs out, and Interrupted where `progress` says to stop; what is done is kept.
 
     training: trains a student in place for so many epochs, a fraction for a rollout; instead of distillation. Where a
     run goes on, such a training begins again. reward: of a validation accuracy and a `Cost`; instead of
     C (2 - C) · A / A_teacher. Limits are held as ever.
     """
-    with contextlib.closing(engine(workers)) as engine_of_run:
+    with telling_device_faults(), contextlib.closing(engine(workers)) as engine_of_run:
         search = _Search(
             teacher,
             data,
@@ -520,7 +520,7 @@ class _Search:
         if arch.key not in stage.evaluated:
             stage.evaluated[arch.key] = arch, next(self._found(stage, "anchor", {number: arch}))
         evaluation = stage.evaluated[arch.key][1]
-        start = time.perf_counter()
+        start = now(self.device)
         if line is not None and line["architecture"] == arch.key:
             found, final, seconds = line["accuracy"], line["final_accuracy"], line["training_seconds"]
         else:
@@ -528,7 +528,7 @@ class _Search:
             found, _ = self._trained(stage, arch, self.config.anchor_epochs, purpose)
             if found is not None and self._is_finished(stage, number):
                 final, _ = self._trained(stage, arch, self.config.final_epochs, f"{purpose}, as a final student")
-            seconds = round(time.perf_counter() - start, 4)
+            seconds = round(now(self.device) - start, 4)
         stage.anchors.append((arch.key, found, final))
         self.directory.append(
             {

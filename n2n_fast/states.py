@@ -1,5 +1,6 @@
-"""States of networks and optimizers from files, put back only where they fit."""
+"""States of networks and optimizers: taken to the CPU for files, and put back from these only where they fit."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -7,6 +8,22 @@ import torch
 from torch import nn
 
 Kind = TypeVar("Kind", int, float)
+
+
+def on_cpu(value: Any) -> Any:
+    """`value` with every tensor in its dictionaries, lists and tuples on the CPU; those that are there stay the same.
+
+    A file of tensors remembers their device, and cannot be read plainly where there is no such device.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        moved = copy.copy(value)  # a state dict has attributes besides
+        moved.update((key, on_cpu(part)) for key, part in value.items())
+        return moved
+    if isinstance(value, list | tuple):
+        return type(value)(on_cpu(part) for part in value)
+    return value
 
 
 def checked(value: Any, kind: type[Kind]) -> Kind:

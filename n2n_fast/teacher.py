@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from n2n_fast.batches import Batches
 from n2n_fast.data import ImageData
 from n2n_fast.distill import Diverged, Progress, fit, seeded
-from n2n_fast.errors import BadInput, first_line
+from n2n_fast.errors import BadInput, first_line, raise_device_fault
 from n2n_fast.reading import WantsCode, read_tensors, read_trusted
 from n2n_fast.tracing import logits_of
 
@@ -207,6 +207,7 @@ def _try_forward(model: nn.Module, images: Tensor, name: str) -> Tensor:
     try:
         output = model.eval()(images)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        raise_device_fault(error)
         height, width = images.shape[2:]
         raise BadInput(
             f"{name} cannot take images of {width}x{height} pixels ({first_line(error)}); set another --image-size"
@@ -380,6 +381,7 @@ def _from_factory(arch: str, classes: int | None, state: Mapping[str, Tensor], p
         takes = "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         model = factory(num_classes=classes) if takes and classes is not None else factory()
     except Exception as error:  # the factory is the user's: whatever it raises is about what it was handed
+        raise_device_fault(error)
         raise BadInput(f"{arch} failed ({type(error).__name__}: {first_line(error)})") from error
     if not isinstance(model, nn.Module):
         raise BadInput(f"{arch} gives a {type(model).__name__}; it must give a torch.nn.Module")

@@ -1,24 +1,25 @@
 """Who evaluates an update's students: this process, or Ray workers on this machine or a cluster.
 
-The result depends neither on the number of workers nor on who finished first: each student has a seed of its own,
-results are given in the order in which they were asked for, and every worker computes on one CPU thread.
+On CPUs the result depends neither on the number of workers nor on who finished first: each student has a seed of its
+own, results are given in the order in which they were asked for, and every worker computes on one CPU thread.
 """
 
 import functools
 import importlib
+import math
 import os
 import pickle
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from n2n_fast.errors import BadInput, first_line
-from n2n_fast.evaluation import Evaluation, Evaluator
+from n2n_fast.errors import BadInput, DeviceFault, device_fault, first_line, raise_device_fault
+from n2n_fast.evaluation import Evaluation, Evaluator, Recipe
 from n2n_fast.graph import Architecture
 
 TRIES = 2  # of a student whose evaluation fails by itself
@@ -29,18 +30,20 @@ Job = tuple[Architecture, int]  # and the seed
 
 @dataclass(frozen=True)
 class Workers:
-    """count: of Ray workers. address: of a cluster; None: this machine. gpus: of each worker, may be a fraction."""
+    """count: of Ray workers. address: of a cluster; None: this machine. gpus: of each worker, may be a fraction; None:
+    all GPUs shared evenly where the run is on one, else none. Without any, workers compute on the CPU.
+    """
 
     count: int
     address: str | None = None
-    gpus: float = 0.0
+    gpus: float | None = None
 
     def __post_init__(self) -> None:
         """Raise BadInput for what cannot be started."""
         if self.count < 1:
             raise BadInput(f"workers: {self.count}; give at least 1")
-        if not 0 <= self.gpus < float("inf"):
-            raise BadInput(f"gpus_per_worker: {self.gpus}; give at least 0")
+        if self.gpus is not None and not (0 <= self.gpus <= 1 or (self.gpus > 1 and float(self.gpus).is_integer())):
+            raise BadInput(f"gpus_per_worker: {self.gpus}; give a fraction of at least 0, or a whole number")
 
 
 class Engine(Protocol):
@@ -48,7 +51,7 @@ class Engine(Protocol):
 
     one_at_a_time: bool
 
-    def begin(self, evaluator: Evaluator, recipe: Callable[[], Evaluator]) -> None:
+    def begin(self, evaluator: Evaluator, recipe: Recipe) -> None:
         """A stage begins; recipe: makes the same evaluator in another process."""
 
     def evaluate(self, jobs: Sequence[Job]) -> Iterator[Evaluation]:
@@ -64,7 +67,7 @@ class Here:
     one_at_a_time = True
     _evaluator: Evaluator
 
-    def begin(self, evaluator: Evaluator, recipe: Callable[[], Evaluator]) -> None:
+    def begin(self, evaluator: Evaluator, recipe: Recipe) -> None:
         """Take the evaluator that is there."""
         self._evaluator = evaluator
 
@@ -78,10 +81,11 @@ class Here:
 
 
 def evaluated(evaluator: Evaluator, arch: Architecture, seed: int, tries: int = TRIES) -> Evaluation:
-    """An evaluation; where all tries fail by themselves, its `error` says so."""
+    """An evaluation; where all tries fail by themselves, its `error` says so. Raises DeviceFault."""
     try:
         return evaluator.evaluate(arch, seed)
     except Exception as error:  # noqa: BLE001 - whatever a student fails with, the search goes on without it
+        raise_device_fault(error)
         if tries > 1:
             return evaluated(evaluator, arch, seed, tries - 1)
         return Evaluation(None, None, {}, f"{type(error).__name__}: {first_line(error)}")
@@ -90,9 +94,9 @@ def evaluated(evaluator: Evaluator, arch: Architecture, seed: int, tries: int = 
 class _Worker:
     """What works in a Ray worker."""
 
-    def __init__(self, recipe: Callable[[], Evaluator]) -> None:
+    def __init__(self, recipe: Recipe, device: str) -> None:
         torch.set_num_threads(1)
-        self._evaluator = recipe()
+        self._evaluator = recipe(device)
 
     def evaluate(self, arch: Architecture, seed: int) -> Evaluation:
         return evaluated(self._evaluator, arch, seed)
@@ -102,21 +106,43 @@ def _shell() -> type:
     """The class of Ray's actors, which finds modules as this process does before it loads any of this package's.
 
     Ray puts the working directory first, where a checkout without the native core may lie. A class made in a function
-    travels by value and names nothing of this package, so that nothing is imported until its __init__ runs.
+    travels by value and names nothing of this package, so that nothing is imported until `ready` runs. What that
+    raises arrives as it is; of an error in __init__ Ray says no more than that the actor died.
     """
 
     class Shell:
         def __init__(self, path: list[str], worker: bytes) -> None:
             sys.path[:0] = path
-            self.worker = pickle.loads(worker)()
+            self.worker: Any = worker  # pickled
 
         def ready(self) -> None:
-            """Return once the worker is made."""
+            """Make the worker."""
+            self.worker = pickle.loads(self.worker)()
 
         def evaluate(self, *job: Any) -> Any:
             return self.worker.evaluate(*job)
 
     return Shell
+
+
+def gpu_share(gpus: int, workers: int) -> float:
+    """GPUs of each worker, at most 1, so that all have a place: none lies on two, and Ray counts ten-thousandths."""
+    return math.floor(10_000 / math.ceil(workers / gpus)) / 10_000
+
+
+def _told_by_worker(error: Any) -> BadInput | None:
+    """What a worker raised to end the run; None where it was lost, or failed in a way that another one may not."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BadInput):
+        return cause
+    fault = device_fault(cause) if isinstance(cause, Exception) else None
+    return None if fault is None else DeviceFault(fault)
+
+
+def _reason(error: Any) -> str:
+    """Why a worker was lost: what it raised itself, where it did."""
+    cause = getattr(error, "cause", None)
+    return first_line(cause if isinstance(cause, Exception) else error)
 
 
 class RayEngine:
@@ -135,6 +161,7 @@ class RayEngine:
         if self._started:
             self._connect()
         self._recipe: Any = None
+        self._gpus = 0.0  # of each worker
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, int | None]] = {}  # what is awaited: the worker, and the job if it has one
 
@@ -148,21 +175,37 @@ class RayEngine:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise BadInput(f"--ray-address {self._workers.address}: {first_line(error)}") from None
 
-    def begin(self, evaluator: Evaluator, recipe: Callable[[], Evaluator]) -> None:
-        """Replace all workers; the recipe, with teacher and data in it, goes to each node once."""
+    def begin(self, evaluator: Evaluator, recipe: Recipe) -> None:
+        """Replace all workers; the recipe, with teacher and data in it, goes to each node once. Raises BadInput."""
         self._dismiss()
-        self._recipe = self._ray.put(self._ray.cloudpickle.dumps(functools.partial(_Worker, recipe)))
+        kind = evaluator.device.type
+        self._gpus = self._gpus_of_each(kind)
+        device = "cpu" if kind == "cuda" and not self._gpus else kind
+        if device != kind and evaluator.config.times:
+            raise BadInput("gpus_per_worker: 0, but latency counts, which is the GPU's; give workers a share of it")
+        self._recipe = self._ray.put(self._ray.cloudpickle.dumps(functools.partial(_Worker, recipe, device)))
         for _ in range(self._workers.count):
             self._hire()
 
+    def _gpus_of_each(self, kind: str) -> float:
+        """GPUs of each worker. kind: of the run's device."""
+        if self._workers.gpus is not None:
+            return self._workers.gpus
+        if kind != "cuda":
+            return 0.0
+        there = int(self._ray.cluster_resources().get("GPU", 0))
+        if there == 0:
+            raise BadInput("workers: the run is on a GPU but Ray has none; give --gpus-per-worker 0 to take its CPUs")
+        return gpu_share(there, self._workers.count)
+
     def _hire(self) -> None:
         path = [entry or str(Path.cwd()) for entry in sys.path]
-        worker = self._ray.remote(num_cpus=1, num_gpus=self._workers.gpus)(_shell()).remote(path, self._recipe)
+        worker = self._ray.remote(num_cpus=1, num_gpus=self._gpus)(_shell()).remote(path, self._recipe)
         self._busy[worker.ready.remote()] = worker, None
 
     def evaluate(self, jobs: Sequence[Job]) -> Iterator[Evaluation]:
-        """Evaluate side by side."""
-        waiting, found, given, losses = deque(range(len(jobs))), dict[int, Evaluation](), 0, 0
+        """Evaluate side by side. Raises BadInput, which DeviceFault is, once all before the job at fault are given."""
+        waiting, found, given, losses = deque(range(len(jobs))), dict[int, Evaluation | BadInput](), 0, 0
         while given < len(jobs):
             while self._idle and waiting:
                 worker, job = self._idle.pop(), waiting.popleft()
@@ -172,18 +215,26 @@ class RayEngine:
             try:
                 result = self._ray.get(done)
             except self._ray.exceptions.RayError as error:
-                losses += 1
-                if losses > LOSSES:
-                    raise BadInput(f"workers: {losses} were lost one after the other ({first_line(error)})") from None
-                if finished is not None:
-                    waiting.appendleft(finished)
-                self._hire()
-                continue
+                result = _told_by_worker(error)
+                if result is None:
+                    losses += 1
+                    if losses > LOSSES:
+                        raise BadInput(f"workers: {losses} were lost one after the other ({_reason(error)})") from None
+                    if finished is not None:
+                        waiting.appendleft(finished)
+                    self._ray.kill(worker)
+                    self._hire()
+                    continue
+                if finished is None:
+                    raise result from None
             self._idle.append(worker)
             if finished is not None:
                 found[finished], losses = result, 0
             while given in found:
-                yield found.pop(given)
+                result = found.pop(given)
+                if isinstance(result, BadInput):
+                    raise result
+                yield result
                 given += 1
 
     def _dismiss(self) -> None:

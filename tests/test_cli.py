@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import n2n_fast
-from n2n_fast import cli
+from n2n_fast import cli, evaluation
 from n2n_fast.distill import seeded
 from n2n_fast.run_directory import Interrupted
 from n2n_fast.teacher import SmallResNet
@@ -66,6 +66,7 @@ def test_teach_run_evaluate(digits_teacher, invoke, tmp_path):
 
 def test_json_quiet_and_a_run_repeated_by_its_config(digits_teacher, invoke, tmp_path):
     command = ("run", "--teacher", digits_teacher[0], *QUICK, "--anchors", "0", "--seed", "3", "--mean", "0.31")
+    command += ("--device", "cpu")  # where two runs are equal, byte for byte
     code, out, err = invoke(*command, "--out", "first", "--quiet", "--json")
     assert (code, err) == (0, "")
     printed = json.loads(out)
@@ -436,6 +437,21 @@ def test_bad_input_is_one_line_and_exit_code_2(case, invoke, tmp_path):
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_running_out_of_memory_is_one_line_and_tells_how_to_go_on(digits_teacher, invoke, monkeypatch):
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(evaluation.Evaluator, "evaluate", fails)
+    code, _, err = invoke("run", "--teacher", digits_teacher[0], *QUICK, "--quiet", "--out", "here")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "CUDA out of memory. Tried to allocate 2.00 GiB.); lower --batch-size" in err
+    assert err.endswith("what is done is kept, go on with: n2n-fast run --resume here\n")
+    monkeypatch.setattr(cli.teacher, "fit", fails)
+    code, _, err = invoke("teach", "--arch", "digits_resnet", "--quiet")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("n2n-fast: out of memory (CUDA out of memory")
 
 
 def test_an_interrupt_ends_with_130(invoke, monkeypatch):

@@ -253,7 +253,7 @@ def test_materialize_refuses_an_index_out_of_range(kernels):
 
 
 def test_a_launch_that_cannot_be_is_reported(kernels):
-    with pytest.raises(RuntimeError, match="materialize: invalid configuration argument"):
+    with pytest.raises(RuntimeError, match="CUDA error: invalid configuration argument, at materialize"):
         kernels.call("materialize", None, 0, 0, 4, None)
 
 

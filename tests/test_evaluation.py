@@ -1,17 +1,19 @@
 """What is not finite in a student is told, and never becomes an accuracy."""
 
 import math
+import pickle
 
 import pytest
 import torch
 
 import n2n_fast
+from elsewhere import ELSEWHERE, Fetching, tensors_of
 from n2n_fast import distill, evaluation
 from n2n_fast.batches import TeacherLogits
 from n2n_fast.config import SearchConfig
 from n2n_fast.data import accuracy
 from n2n_fast.distill import Diverged, seeded
-from n2n_fast.evaluation import Evaluation, Evaluator
+from n2n_fast.evaluation import Evaluation, Evaluator, Recipe
 from n2n_fast.space import ArchitectureSpace
 from n2n_fast.teacher import SmallResNet
 
@@ -105,3 +107,34 @@ def test_an_overflow_of_mixed_precision_diverges(dtype, evaluator, monkeypatch):
     assert "the loss is" in found.error
     with pytest.raises(Diverged):
         judge.train(judge.space.teacher, 1, "a student")
+
+
+def test_a_recipe_travels_by_the_cpu(data):
+    """A worker may see no such device as the run is on, or another."""
+    teacher, images = SmallResNet(1, data.classes, 1).to(ELSEWHERE), torch.zeros(2, 1, 8, 8, device=ELSEWHERE)
+    earlier = (("an architecture", teacher.state_dict()),)
+    recipe = Recipe("shrinkage", teacher, data.to(ELSEWHERE), images, SearchConfig(), earlier)
+    with Fetching():
+        arrived = pickle.loads(pickle.dumps(recipe))
+    assert {tensor.device.type for tensor in tensors_of(arrived)} == {"cpu"}
+    assert {tensor.device for tensor in tensors_of(recipe)} == {ELSEWHERE}
+    assert len(tensors_of(arrived)) == len(tensors_of(recipe))
+
+
+def test_a_recipe_is_made_where_it_is_told(data, monkeypatch):
+    monkeypatch.setattr(evaluation, "space_of", lambda teacher, calibration, config: (teacher, calibration))
+    monkeypatch.setattr(evaluation, "giving_logits", lambda teacher, space, images: teacher)
+    monkeypatch.setattr(evaluation, "Evaluator", lambda *parts: parts)
+    recipe = Recipe("shrinkage", SmallResNet(1, 4, 1), data, torch.zeros(2, 1, 8, 8), SearchConfig())
+    assert {tensor.device for tensor in tensors_of(recipe(ELSEWHERE))} == {ELSEWHERE}
+
+
+def test_clocks_wait_for_the_device_before_they_begin_and_at_every_note(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    timer = evaluation._Clock(device := torch.device("cuda", 1))
+    assert waits == [device]
+    timer.note("build")
+    assert waits == [device] * 2
+    evaluation._Clock(torch.device("cpu")).note("build")
+    assert len(waits) == 2

@@ -1,5 +1,6 @@
 """Tracing a teacher: its layers, their features, the cost of architectures, and what is refused."""
 
+import contextlib
 import dataclasses
 import json
 from typing import Any
@@ -8,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from n2n_fast.errors import BadInput, DegenerateArchitecture
+from n2n_fast import trials
+from n2n_fast.errors import BadInput, DegenerateArchitecture, DeviceFault
 from n2n_fast.graph import KINDS, Architecture, Layer, crop, smallest_kernel
 from n2n_fast.space import ArchitectureSpace
 from networks import Branching, Gate, NotUnderstood, Tail, images, ratios, settle, space_of, teacher_of, without
@@ -316,6 +318,32 @@ class Counter(Tail):
 def test_a_forward_with_hidden_state_is_refused() -> None:
     with pytest.raises(BadInput, match="hidden state"):
         ArchitectureSpace(Counter(), images())
+
+
+@pytest.mark.parametrize(("each_time", "taken"), [(1e-5, True), (1e-2, False)])
+def test_rounding_is_not_hidden_state(each_time: float, taken: bool) -> None:
+    """On a GPU the same operations do not always give the same last digits."""
+
+    class Drifting(Counter):
+        def body(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x * (1 + each_time * self.calls)
+
+    with contextlib.nullcontext() if taken else pytest.raises(BadInput, match="hidden state"):
+        ArchitectureSpace(Drifting(), images())
+
+
+@pytest.mark.parametrize(("owner", "name"), [(fx.Tracer, "trace"), (NotUnderstood, "__call__"), (trials, "moved")])
+def test_a_lack_of_memory_is_not_taken_for_a_teacher_that_is_not_understood(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    net = settle(NotUnderstood("einsum"))
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(DeviceFault, match="--batch-size"):
+        ArchitectureSpace(net, images())
 
 
 @pytest.mark.parametrize("operation", ["cumsum", "einsum"])

@@ -10,6 +10,7 @@ from n2n_fast import SearchConfig, plan
 from n2n_fast.errors import DegenerateArchitecture
 from n2n_fast.transition import Transition
 from networks import space_of
+from small_sets import make
 
 
 def test_the_number_of_removals_is_that_of_all_choices():
@@ -77,3 +78,11 @@ def test_without_a_limit_widths_are_drawn_by_chance():
     transition = Transition.of(space, SearchConfig(), False, True, {})
     drawn = [plan._drawn(transition, SearchConfig(), random.Random(seed)) for seed in range(5)]
     assert len({arch.key for arch in drawn if arch is not None}) == 5
+
+
+def test_the_teacher_is_timed_from_a_device_at_rest_to_a_device_at_rest(monkeypatch):
+    events, data = [], make(150)
+    monkeypatch.setattr(plan, "now", lambda device: events.append(device.type) or float(len(events)))
+    seconds = plan._logits_seconds(lambda images: events.append("teacher"), data)
+    assert events == ["teacher", "cpu", "teacher", "cpu"]
+    assert seconds == 2 / min(128, len(data.train))

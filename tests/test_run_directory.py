@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from elsewhere import ELSEWHERE, Fetching, tensors_of
 from n2n_fast.errors import BadInput
 from n2n_fast.run_directory import KEEP_SECONDS, Interrupted, RunDirectory
 
@@ -35,6 +36,18 @@ def write_run(path, lines=2):
 
 def journal(path):
     return [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
+
+
+def test_tensors_are_written_from_the_cpu(tmp_path):
+    state = torch.nn.BatchNorm2d(2, device=ELSEWHERE).state_dict()
+    with Fetching(), begun(tmp_path / "run") as run:
+        run.begin()
+        run.save({"trained": [{"student": state}], "finals": [("key", 0.5, state)]})
+        assert state["weight"].device == ELSEWHERE
+    held = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert {tensor.device.type for tensor in tensors_of(held)} == {"cpu"}
+    assert held["trained"][0]["student"]._metadata == state._metadata
+    assert held["finals"][0][:2] == ("key", 0.5)
 
 
 def test_lines_behind_the_checkpoint_are_recovered_and_stay(tmp_path):

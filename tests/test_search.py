@@ -12,7 +12,7 @@ from n2n_fast import evaluation, search
 from n2n_fast import result as result_module
 from n2n_fast.config import SearchConfig
 from n2n_fast.distill import Diverged, seeded
-from n2n_fast.errors import BadInput
+from n2n_fast.errors import BadInput, DeviceFault
 from n2n_fast.policies import imitate
 from n2n_fast.proxy import ProxyMap
 from n2n_fast.result import load_student
@@ -352,6 +352,28 @@ def test_an_interrupted_search_goes_on_to_the_same_end(calls, result, teacher, d
     for stage, policy in torch.load(resumed.out / "policies.pt", weights_only=True).items():
         expected = torch.load(result.out / "policies.pt", weights_only=True)[stage]
         assert all(torch.equal(value, expected[name]) for name, value in policy.items())
+
+
+@pytest.mark.parametrize(("owner", "name"), [(evaluation.Evaluator, "evaluate"), (evaluation, "fit")])
+def test_running_out_of_memory_ends_a_search_that_can_be_resumed(
+    owner, name, result, teacher, data, tmp_path, monkeypatch
+):
+    before, left = getattr(owner, name), [11]
+
+    def fails(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+        return before(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, fails)
+    with pytest.raises(DeviceFault, match="--batch-size"):
+        compress(teacher, data, TINY, tmp_path / "run")
+    kept = untimed(tmp_path / "run")
+    assert len(kept) >= 5
+    resumed = compress(teacher, data, TINY, tmp_path / "run", resume=True)
+    assert untimed(resumed.out)[: len(kept)] == kept
+    assert untimed(resumed.out) == untimed(result.out)
 
 
 def test_a_finished_search_can_be_resumed_to_the_same_end(result, teacher, data):

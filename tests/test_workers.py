@@ -1,9 +1,12 @@
 """Ray workers: the same result whoever evaluates, and whoever is lost; skipped where Ray is not installed."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import sys
 import warnings
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -11,11 +14,11 @@ import torch
 from n2n_fast import SearchConfig, Workers, compress, from_tensors
 from n2n_fast.batches import Batches
 from n2n_fast.distill import fit, seeded
-from n2n_fast.errors import BadInput
+from n2n_fast.errors import BadInput, DeviceFault
 from n2n_fast.evaluation import Evaluation
 from n2n_fast.search import SearchProgress
 from n2n_fast.teacher import SmallResNet
-from n2n_fast.workers import TRIES, Here, RayEngine, evaluated
+from n2n_fast.workers import TRIES, Here, RayEngine, evaluated, gpu_share
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed")
@@ -35,13 +38,13 @@ SMALL = SearchConfig(
 class Fails:
     """An evaluator that fails at first."""
 
-    def __init__(self, times):
-        self.left = times
+    def __init__(self, times, error=None):
+        self.left, self.error = times, error or RuntimeError("out of luck")
 
     def evaluate(self, arch, seed):
         self.left -= 1
         if self.left >= 0:
-            raise RuntimeError("out of luck")
+            raise self.error
         return Evaluation(0.5, None, {})
 
 
@@ -53,6 +56,13 @@ def test_a_student_that_fails_twice_is_logged_with_its_error():
     assert evaluated(Fails(TRIES), None, 0) == Evaluation(None, None, {}, "RuntimeError: out of luck")
 
 
+def test_a_failing_device_is_no_students_fault():
+    evaluator = Fails(1, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(DeviceFault, match="illegal memory access"):
+        evaluated(evaluator, None, 0)
+    assert evaluator.left == 0
+
+
 def test_here_students_are_evaluated_one_by_one_and_on_demand():
     engine, evaluator = Here(), Fails(0)
     engine.begin(evaluator, None)
@@ -61,7 +71,10 @@ def test_here_students_are_evaluated_one_by_one_and_on_demand():
     assert evaluator.left == -1
 
 
-@pytest.mark.parametrize("given", [{"count": 0}, {"count": 1, "gpus": -1.0}, {"count": 1, "gpus": float("nan")}])
+USELESS = [{"count": 0}, *({"count": 1, "gpus": gpus} for gpus in (-1.0, 1.5, float("nan"), float("inf")))]
+
+
+@pytest.mark.parametrize("given", USELESS, ids=str)
 def test_useless_workers_are_refused(given):
     with pytest.raises(BadInput, match=r"workers: 0|gpus_per_worker"):
         Workers(**given)
@@ -71,6 +84,57 @@ def test_useless_workers_are_refused(given):
 def test_without_ray_it_is_said_what_to_install():
     with pytest.raises(BadInput, match=r"pip install 'n2n_fast\[ray\]'"):
         RayEngine(Workers(2))
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(1, 1), (1, 3), (2, 3), (3, 7), (8, 3), (8, 8), (8, 9), (4, 1000)])
+def test_with_an_even_share_every_worker_finds_a_gpu(gpus, workers):
+    share = gpu_share(gpus, workers)
+    assert 0 < share <= 1
+    assert round(share * 10_000) == pytest.approx(share * 10_000)  # which is how Ray counts
+    assert gpus * (10_000 // round(share * 10_000)) >= workers
+
+
+class Recorder:
+    """Stands for Ray with two GPUs; notes what it is asked for."""
+
+    def __init__(self, gpus=2):
+        self.gpus, self.asked, self.sent = gpus, [], []
+        self.cloudpickle = self
+
+    is_initialized = lambda self: True  # noqa: E731
+    cluster_resources = lambda self: {"CPU": 4.0, "GPU": float(self.gpus)}  # noqa: E731
+    dumps = lambda self, worker: worker  # noqa: E731
+
+    def put(self, worker):
+        self.sent.append(worker)
+
+    def remote(self, **resources):
+        self.asked.append(resources["num_gpus"])
+        return lambda shell: MagicMock()
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "share", "sent"),
+    [("cuda:1", None, 0.5, "cuda"), ("cuda", 0.25, 0.25, "cuda"), ("cuda", 0.0, 0.0, "cpu"), ("cpu", None, 0.0, "cpu")],
+)
+def test_workers_get_a_share_of_the_gpus_where_the_run_is_on_one(device, gpus, share, sent, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", ray := Recorder())
+    engine = RayEngine(Workers(4, gpus=gpus))
+    engine.begin(MagicMock(device=torch.device(device), config=SearchConfig()), None)
+    assert ray.asked == [share] * 4
+    assert ray.sent[0].args[1] == sent
+
+
+@pytest.mark.parametrize(
+    ("there", "gpus", "settings", "expected"),
+    [(0, None, {}, "--gpus-per-worker 0"), (2, 0.0, {"objective": "latency"}, "latency counts")],
+)
+def test_workers_that_cannot_do_as_the_run_does_are_refused(there, gpus, settings, expected, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", Recorder(there))
+    with pytest.raises(BadInput, match=expected):
+        RayEngine(Workers(4, gpus=gpus)).begin(
+            MagicMock(device=torch.device("cuda"), config=SearchConfig(**settings)), None
+        )
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +194,61 @@ class TakesANodeAway(SearchProgress):
         if rollout.update == 1 and not self.killed:
             self.killed = True
             self.cluster.remove_node(self.cluster.second, allow_graceful=False)
+
+
+class Scripted:
+    """A recipe and the evaluator that it makes, which fail as they are told: in making it, or by seed."""
+
+    device, config = torch.device("cpu"), SearchConfig()
+
+    def __init__(self, making=None, **by_seed):
+        self.making, self.by_seed = making, by_seed
+
+    def __call__(self, device):
+        if self.making is not None:
+            raise self.making
+        return self
+
+    def evaluate(self, arch, seed):
+        if seed in self.by_seed:
+            raise self.by_seed[seed]
+        return Evaluation(0.5, None, {})
+
+
+@needs_ray
+@pytest.mark.timeout(120)
+def test_a_workers_failing_device_ends_the_run_once_what_came_before_is_given(cluster):
+    fault = RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+    engine, script = RayEngine(Workers(1)), Scripted(bad=fault, luckless=RuntimeError("out of luck"))
+    with contextlib.closing(engine):
+        engine.begin(script, script)
+        found = engine.evaluate([(None, seed) for seed in ("good", "luckless", "bad", "late")])
+        assert next(found).accuracy == 0.5
+        assert next(found).error == "RuntimeError: out of luck"
+        with pytest.raises(DeviceFault, match=r"^the device failed \(CUDA error: an illegal memory access"):
+            next(found)
+
+
+@needs_ray
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("error", "kind", "expected"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            DeviceFault,
+            "^out of memory .*batch-size",
+        ),
+        (BadInput("the teacher is of no use"), BadInput, "^the teacher is of no use$"),
+    ],
+    ids=["memory", "input"],
+)
+def test_a_worker_that_cannot_be_made_tells_why_at_once(error, kind, expected, cluster):
+    engine, script = RayEngine(Workers(1)), Scripted(error)
+    with contextlib.closing(engine):
+        engine.begin(script, script)
+        with pytest.raises(kind, match=expected):
+            next(engine.evaluate([(None, "good")]))
 
 
 @needs_ray

@@ -1,0 +1,55 @@
+"""What a search leaves can be read where there is no such device as it ran on."""
+
+import pytest
+import torch
+
+from elsewhere import ELSEWHERE, Fetching, tensors_of
+from n2n_fast import SearchConfig, result
+from n2n_fast.errors import DeviceFault
+from n2n_fast.reward import Constraints
+from n2n_fast.run_directory import RunDirectory
+from n2n_fast.search import SearchProgress
+from n2n_fast.space import ArchitectureSpace
+from n2n_fast.teacher import SmallResNet
+from quarters import quarters
+
+MEASURED = {"params": 2, "macs": 2, "validation_accuracy": 0.5}
+
+
+@pytest.fixture
+def finish(monkeypatch, tmp_path):
+    """Write what a search on another device found."""
+    monkeypatch.setattr(result, "_measured", lambda *_: dict(MEASURED))
+    data, teacher = quarters(), SmallResNet(1, 4, 1).eval()
+    space = ArchitectureSpace(teacher, data.train.batch(torch.arange(2))[0])
+    arch = space.shrink(space.teacher, [0.5] * len(space.layers))
+    student = space.build(arch).to(ELSEWHERE)
+
+    def run():
+        with Fetching(), RunDirectory(tmp_path / "run", {}) as directory:
+            directory.begin()
+            return result.finish(
+                directory, data.to(ELSEWHERE), SearchConfig(), Constraints(None, None, None), teacher, student,
+                [result.Chosen("shrinkage", space, arch)], [], SearchProgress(),
+            )  # fmt: skip
+
+    return run
+
+
+def test_students_are_written_from_the_cpu(finish):
+    found = finish()
+    assert {tensor.device for tensor in tensors_of(found.student)} == {ELSEWHERE}
+    state = torch.load(found.out / "student.pt", weights_only=True)
+    assert {tensor.device.type for tensor in state.values()} == {"cpu"}
+    loaded = result.load_student(found.out)
+    assert {tensor.device.type for tensor in tensors_of(loaded)} == {"cpu"}
+    assert loaded(torch.zeros(3, 1, 8, 8)).shape == (3, 4)
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_student_that_cannot_be_exported(finish, monkeypatch):
+    def export(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(torch.export, "export", export)
+    with pytest.raises(DeviceFault, match="out of memory"):
+        finish()
