@@ -25,12 +25,13 @@ from n2n_fast.graph import Architecture, TracedTeacher
 RIDGE = 1e-5  # ε of the teacher's own moments, in units of the mean variance of y
 PRIOR = 1e-2  # the same where the student's activations are fitted, towards the teacher's bridge
 EXACT = 1e-5  # the same where the samples show a linear map; less would be lost in their rounding
+NEARLY = 1e-3  # of a variance: kept channels that leave more of the teacher's tell no lost one exactly
 EXPLAINED = 1e-5  # of a variance: what is left of it is the moments' rounding
 BLOCK = 64  # pivots between two updates of a Schur complement
 ROWS = 1024  # samples that are summed in float32; such sums are added up in float64
 SAMPLES_PER_CHANNEL = 8
-MIN_SAMPLES = 16384
-PASS_IMAGES = 256  # that a student is fitted to; 512 are hardly better (bench/README.md)
+MIN_SAMPLES = 12288
+PASS_IMAGES = 320  # that a student is fitted to; 256 are 0.5 points worse on a ResNet-18 (bench/README.md)
 PASS_NUMBERS = 2**23  # the largest activation of a batch through the teacher: what caches hold is fastest
 MAX_PASS_NUMBERS = 2**26  # the same through a student, whose layers see all images at once
 
@@ -55,10 +56,24 @@ class Target:
     variance: Tensor
 
 
+@dataclass(frozen=True)
+class Factor:
+    """L of L·Lᵀ = E[h hᵀ] + εI, the channels by saliency; the leading blocks are those of any number kept.
+
+    rows: L, its rows in the axis's own order; inverse: L⁻¹; left: the share of the variance that the first 0, 1, ..., C
+    channels leave unexplained.
+    """
+
+    rows: Tensor
+    inverse: Tensor
+    epsilon: Tensor
+    left: np.ndarray
+
+
 class Calibration:
     """The teacher's inputs to each layer that mixes channels, at sampled positions of unlabelled images.
 
-    images: (N, C, H, W). Of each layer's input about max(16384, 8 C) positions are sampled, so that memory is bounded
+    images: (N, C, H, W). Of each layer's input about max(12288, 8 C) positions are sampled, so that memory is bounded
     by the widths and not by the image size; those of the first PASS_IMAGES images are kept.
     saliency: of each unit, (units,); the highest are kept. by_activations: keep those instead that the pivoted
     factorisation takes first, and let `saliency` decide between equals.
@@ -193,17 +208,18 @@ class Calibration:
         norm = self.traced.norm_after[i]
         return getattr(self.traced.modules[i], "bias", None) is not None or (norm is not None and keep[norm])
 
-    def bridge(self, i: int, kept: np.ndarray, channels: Tensor) -> Tensor:
+    def bridge(self, i: int, kept: np.ndarray, channels: Tensor) -> tuple[Tensor, bool]:
         """A for layer i, (C, C') float64, where y is the teacher's own input restricted to the channels kept.
 
-        kept, channels: the same channels, (C',), on the host and on the device.
+        kept, channels: the same channels, (C',), on the host and on the device. Second, whether A may be exact.
         """
         count, (order, order_on_device) = len(kept), self._orders[int(self.traced.in_axis[i])]
+        factor = self._factors[i]
         if np.array_equal(np.sort(order[:count]), kept):
-            rows, inverse, _ = self._factors[i]
-            return (rows[:, :count] @ inverse[:count, :count])[:, order_on_device[:count].argsort()].double()
+            bridge = factor.rows[:, :count] @ factor.inverse[:count, :count]
+            return bridge[:, order_on_device[:count].argsort()].double(), bool(factor.left[count] < NEARLY)
         cross = self._second(i)[:, channels]  # a removal united groups, which are ordered by both
-        return _solve(cross[channels], cross, self._factors[i][2])
+        return _solve(cross[channels], cross, factor.epsilon), True
 
     def weights(self, arch: Architecture, kept: Sequence[np.ndarray | None]) -> dict[int, Tensor]:
         """Teacher weights of the fitted layers that are kept, by input channel, (C, O', kh', kw')."""
@@ -228,24 +244,23 @@ class Calibration:
         return orders
 
     @functools.cached_property
-    def _factors(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        """For each fitted layer the Cholesky factor L of its moments by saliency, rows in the axis's order; L⁻¹; and ε.
-
-        The leading blocks are those of any number of kept channels.
-        """
+    def _factors(self) -> dict[int, Factor]:
+        """Each fitted layer's moments, its channels ordered by saliency, factorised."""
         return {i: self._factor(i, self._orders[int(self.traced.in_axis[i])][1]) for i in self.fitted.values()}
 
-    def _factor(self, i: int, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _factor(self, i: int, order: Tensor) -> Factor:
         second = self._second(i)[order][:, order]
         epsilon = _share(second, RIDGE)
         while True:
-            factor, failed = torch.linalg.cholesky_ex(_plus(second, epsilon))
+            lower, failed = torch.linalg.cholesky_ex(_plus(second, epsilon))
             if not failed:
                 break
             epsilon = 10 * epsilon  # the moments' rounding makes them less than singular
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
+        inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+        of_column = lower.square().sum(0).cpu().numpy()
+        left = np.append(of_column[::-1].cumsum()[::-1], 0) / of_column.sum().clip(1e-30)
         dtype = self.targets[i].samples.dtype
-        return factor[order.argsort()].to(dtype), inverse.to(dtype), epsilon
+        return Factor(lower[order.argsort()].to(dtype), inverse.to(dtype), epsilon, left)
 
     def _second(self, i: int) -> Tensor:
         """Second moments of layer i's input in the teacher, (C, C), about the mean where that is taken up."""
@@ -309,9 +324,9 @@ class _Fitter(fx.Interpreter):
         if not intercept:
             second = second + torch.outer(mean, mean)
             cross, total = cross + torch.outer(target.mean, mean), total + target.mean.double().square().sum()
-        prior = self._prior(i)
+        prior, may_be_exact = self._prior(i)
         bridge = _solve(second, cross, _share(second, PRIOR), prior)
-        if len(given) > 2 * len(second):  # enough samples to tell a linear map from a lucky fit
+        if may_be_exact and len(given) > 2 * len(second):  # enough samples to tell a linear map from a lucky fit
             exact = _solve(second, cross, _share(second, EXACT), prior)
             rest = total - 2 * (exact * cross).sum() + (exact @ second * exact).sum()  # E|h - A y|²
             bridge = torch.where(rest.abs() < EXPLAINED * total, exact, bridge)
@@ -321,11 +336,11 @@ class _Fitter(fx.Interpreter):
         if module.bias is not None:
             module.bias.data.add_(_of_constant(weight, target.mean - bridge @ mean))
 
-    def _prior(self, i: int) -> Tensor:
-        """What layer i's bridge is drawn to: the teacher's, (C, C')."""
+    def _prior(self, i: int) -> tuple[Tensor, bool]:
+        """What layer i's bridge is drawn to, the teacher's, (C, C'); and whether a bridge may be exact."""
         traced, kept = self.calibration.traced, self.kept[self.calibration.traced.in_axis[i]]
         if kept is None:
-            return torch.eye(len(self.weights[i]), dtype=torch.float64, device=self.finite.device)
+            return torch.eye(len(self.weights[i]), dtype=torch.float64, device=self.finite.device), True
         repeat = traced.repeats[i]
         return self.calibration.bridge(i, *(channels[::repeat] // repeat for channels in kept))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from n2n_fast import ops
+from n2n_fast.clock import now
 from n2n_fast.reading import understood
 from n2n_fast.states import checked, load_optimizer
 
@@ -278,16 +279,10 @@ def latency_ms(model: nn.Module, images: Tensor, seconds: float = 0.5) -> float:
 
     def forward() -> None:
         model(images)
-        synchronise(images.device)
+        now(images.device)
 
-    synchronise(images.device)
+    now(images.device)
     return median_ms(forward, seconds)
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until a GPU has done what it was asked for; a clock read before that tells nothing."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def median_ms(call: Callable[[], object], seconds: float = 0.5) -> float:

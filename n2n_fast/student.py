@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from n2n_fast import ops
 from n2n_fast.channels import CONVS, NORMS, TRANSPOSED
+from n2n_fast.errors import raise_device_fault
 from n2n_fast.graph import Architecture, TracedTeacher, kernel_size
 from n2n_fast.tracing import bare_copy, shallow_copy
 
@@ -171,7 +172,8 @@ class StudentFactory:
         try:
             with torch.no_grad():
                 Checker(student).run(traced.example)
-        except Exception:  # noqa: BLE001 - whatever it raises, this node does not fit
+        except Exception as error:  # noqa: BLE001 - whatever it raises, this node does not fit
+            raise_device_fault(error)
             return running[-1]
         return None
 
