@@ -1,14 +1,18 @@
 """The distillation loss and its gradient, beside the same in eager torch and under torch.compile."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import n2n_fast
+from n2n_fast import ops
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 SIZES = [(128, 10), (512, 100), (512, 1000), (256, 21000)]
 KD_WEIGHT = 0.1
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
 
 def plain_loss(logits, teacher, labels):
@@ -53,6 +57,21 @@ def checked(way, size, device):
     call = WAYS[way]()
     torch.testing.assert_close(call(logits, teacher, labels), wanted, rtol=1e-4, atol=1e-7)
     return lambda: call(logits, teacher, labels)
+
+
+def relative_errors(sizes, device):
+    """Relative errors of the fused gradient, by size and type, beside the reference in float64; all must be small."""
+    errors = {}
+    for size, (dtype, tolerance) in itertools.product(sizes, TOLERANCES.items()):
+        logits, teacher, labels = arguments(size, device)
+        logits, teacher = logits.to(dtype), teacher.to(dtype)
+        loss, grad, correct = n2n_fast.kd_loss_and_grad(logits, teacher, labels, KD_WEIGHT)
+        exact = ops.kd_loss_and_grad_reference(logits.double(), teacher.double(), labels, KD_WEIGHT)
+        torch.testing.assert_close(loss.double(), exact[0], rtol=1e-5, atol=0)
+        assert int(correct) == int(exact[2]), (size, dtype)
+        errors[f"{size} {dtype}"] = error = float((grad.double() - exact[1]).norm() / exact[1].norm())
+        assert error < tolerance, (size, dtype, error)
+    return errors
 
 
 @pytest.mark.parametrize("device", DEVICES)
