@@ -58,9 +58,9 @@ SIZES = {
         logits=((128, 10), (512, 100), (512, 1000), (256, 21000)),
         cuts=(("resnet34", None), ("resnet18", 50)),
         images=60_000,
-        teacher_epochs=4.0,
+        teacher_epochs=3.0,
         search={},
-        run={"updates": 5, "anchors": 4, "anchor_epochs": 0.5, "stage_epochs": 0.5, "final_epochs": 3},
+        run={"updates": 5, "anchors": 3, "anchor_epochs": 0.5, "stage_epochs": 0.5, "final_epochs": 2},
         rollouts=30,
         measured=12,
         processes=(1, 4, 8, 16),
@@ -167,7 +167,7 @@ def ceilings(run):
     run.note(copy_gb_per_s=copy, product_tflops=product, says=says)
 
 
-@stage(limit=200)
+@stage(limit=150)
 def build(run):
     """The package from source, for this device alone; the stages after this one import what it makes."""
     source = run.work / "source"
@@ -194,7 +194,7 @@ def build(run):
     run.note(seconds_of_pip=seconds, build_info=info, says=f"{seconds:.0f} s; CUDA {info['cuda_archs'] or 'left out'}")
 
 
-@stage(limit=150)
+@stage(limit=90)
 def sanitize(run):
     """The kernels, driven without torch, under compute-sanitizer; on a CPU under the compiler's own sanitizers."""
     driver, sources = run.work / "driver", [ROOT / name for name in (*DRIVER, "csrc/thread_pool.cpp")]
@@ -213,7 +213,7 @@ def sanitize(run):
         run.note(passed=SANITIZERS[:number], says=f"clean under {', '.join(SANITIZERS[:number])}")
 
 
-@stage(limit=150)
+@stage(limit=120)
 def tests(run):
     """`pytest -m gpu` of the checkout, upon the build; on a CPU they are collected and skipped."""
     report = run.work / "tests.xml"
@@ -233,7 +233,7 @@ def tests(run):
     assert counts["tests"] > (counts["skipped"] if run.device == "cuda" else 0), counts
 
 
-@stage(limit=120)
+@stage(limit=110)
 def kernels(run):
     """The kernels against float64; then their time on the device and of the call, beside other ways to do the same."""
     import test_kd_loss
@@ -292,7 +292,7 @@ def rollouts_of(directory):
     return sum(line.startswith("{") and '"kind": "rollout"' in line for line in lines)
 
 
-@stage(limit=150)
+@stage(limit=120)
 def rollouts(run):
     """A teacher is taught; rollouts of students 50 times smaller, their parts timed, and one profiled."""
     import gpu_students as students
@@ -313,7 +313,7 @@ def rollouts(run):
     run.note(profile=profile, says=text + busy)
 
 
-@stage(limit=220)
+@stage(limit=200)
 def variants(run):
     """One design for many small students on a device: rollouts a second of each variant, and what accuracy it gives."""
     import gpu_students as students
@@ -328,7 +328,7 @@ def variants(run):
         for name, how in students.offered().items():
             if processes > 1 and name not in students.SHARED:
                 continue
-            jobs = list(itertools.islice(seeds, max(run.size.measured, 3 * processes)))  # widths never seen before
+            jobs = list(itertools.islice(seeds, max(run.size.measured, 2 * processes)))  # widths never seen before
             _, seconds = workers.rollouts(jobs, processes, how)
             table[f"{name}, {processes}"] = round(len(jobs) / seconds, 3)
             run.note(rollouts_per_second=table)
@@ -341,7 +341,7 @@ def variants(run):
     run.note(accuracies=accuracies, left_out=left_out, says=says + f"; not offered: {left_out}" * bool(left_out))
 
 
-@stage(limit=150)
+@stage(limit=120)
 def search(run):
     """A whole `n2n-fast run` for 50 times fewer params."""
     import gpu_students as students
