@@ -43,12 +43,17 @@ class Size:
     logits: tuple  # sizes of the loss
     cuts: tuple  # networks to cut students out of, and how many times smaller
     images: int  # of the patterns that stand in for Fashion-MNIST
-    teacher_epochs: float
+    teacher_steps: int
     search: dict  # settings of rollouts and searches
     run: dict  # further ones of the whole search
+    steps: dict  # of its trainings, which are told in epochs
     rollouts: int
     measured: int  # rollouts of a variant
     processes: tuple  # that share the device, one after another
+
+    @property
+    def batch_size(self):
+        return self.search["batch_size"]
 
 
 SIZES = {
@@ -58,9 +63,10 @@ SIZES = {
         logits=((128, 10), (512, 100), (512, 1000), (256, 21000)),
         cuts=(("resnet34", None), ("resnet18", 50)),
         images=60_000,
-        teacher_epochs=3.0,
-        search={},
-        run={"updates": 5, "anchors": 3, "anchor_epochs": 0.5, "stage_epochs": 0.5, "final_epochs": 2},
+        teacher_steps=1200,
+        search={"batch_size": 128},
+        run={"updates": 5, "anchors": 3, "keep_top": 1},
+        steps={"anchor_epochs": 200, "stage_epochs": 200, "final_epochs": 1000},
         rollouts=30,
         measured=12,
         processes=(1, 4, 8, 16),
@@ -71,9 +77,10 @@ SIZES = {
         logits=((128, 10), (512, 100)),
         cuts=(("resnet18", None), ("resnet18", 50)),
         images=1_500,
-        teacher_epochs=1.0,
+        teacher_steps=40,
         search={"batch_size": 32, "rollout_steps": 4, "validation_images": 100},
-        run={"updates": 1, "rollouts": 2, "anchors": 1, "anchor_epochs": 0.1, "stage_epochs": 0.1, "final_epochs": 0.2},
+        run={"updates": 1, "rollouts": 2, "anchors": 1, "keep_top": 1},
+        steps={"anchor_epochs": 5, "stage_epochs": 5, "final_epochs": 10},
         rollouts=4,
         measured=2,
         processes=(1, 2),
@@ -350,9 +357,9 @@ def search(run):
     shutil.rmtree(out, ignore_errors=True)
     limit = students.params_of(teacher) // students.SMALLER
     data = ("--data", students.spec_of(run), "--image-size", students.PIXELS, "--device", run.device, "--out", out)
+    settings = words(run.size.search | run.size.run | students.in_epochs(run, run.size.steps))
     start = time.perf_counter()
-    sh(*COMMAND, "run", "--teacher", teacher, *data, "--max-params", limit, "--keep-top", 1,
-       *words(run.size.search | run.size.run))  # fmt: skip
+    sh(*COMMAND, "run", "--teacher", teacher, *data, "--max-params", limit, *settings)
     seconds = time.perf_counter() - start
     result = json.loads((out / "result.json").read_text())
     student, count = result["student"], rollouts_of(out)

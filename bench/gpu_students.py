@@ -56,14 +56,20 @@ def images_of(run):
     return n2n_fast.load(spec_of(run), image_size=PIXELS, channels=3, device=run.device)
 
 
+def in_epochs(run, steps):
+    """Numbers of training steps as epochs of the images, by name."""
+    images = len(images_of(run).train)
+    return {name: count * run.size.batch_size / images for name, count in steps.items()}
+
+
 def teacher_file(run):
     """The teacher's state dict, taught if it is not there."""
     file = run.work / "teacher.pt"
     if not file.exists():
         data = images_of(run)
         model = teacher.create("resnet18", data.classes, 3, PIXELS).to(run.device)
-        batch = run.size.search.get("batch_size", 128)
-        teacher.train_teacher(model, data, epochs=run.size.teacher_epochs, batch_size=batch)
+        epochs = in_epochs(run, {"epochs": run.size.teacher_steps})
+        teacher.train_teacher(model, data, **epochs, batch_size=run.size.batch_size)
         torch.save({name: value.cpu() for name, value in model.state_dict().items()}, file)
     return file
 
