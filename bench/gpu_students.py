@@ -1,7 +1,8 @@
 """A ResNet-18 of Fashion-MNIST and students 50 times smaller, each a rollout of a search, in the variants of gpu.py."""
 
-import inspect
 import json
+import multiprocessing
+import pickle
 import random
 import statistics
 import time
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 import n2n_fast
-from n2n_fast import SearchConfig, evaluation, teacher
+from n2n_fast import SearchConfig, teacher
 from n2n_fast.data import accuracy
 from n2n_fast.distill import fit, seeded
 from n2n_fast.evaluation import NOT_FINITE, Recipe
@@ -19,7 +20,7 @@ from n2n_fast.evaluation import NOT_FINITE, Recipe
 PIXELS = 32
 SMALLER = 50
 PLAIN = "as it is"
-VARIANTS = {  # what `rollout` and `fit` are told
+VARIANTS = {  # what `rollout` and `fit` are told; a capture that fails may leave a process useless, so it comes last
     PLAIN: {},
     "no steps": {"steps": False},
     "no autocast": {"autocast": False},
@@ -27,12 +28,6 @@ VARIANTS = {  # what `rollout` and `fit` are told
     "captured, no autocast": {"capture": True, "autocast": False},
 }
 SHARED = (PLAIN, "captured")  # by several processes too
-
-
-def offered():
-    """The variants that this version's `fit` knows."""
-    known = {*inspect.signature(fit).parameters, "steps"}
-    return {name: how for name, how in VARIANTS.items() if how.keys() <= known}
 
 
 # The teacher and its data
@@ -89,7 +84,7 @@ def evaluator_of(run):
 
 def teacher_accuracy(evaluator):
     space = evaluator.space
-    return accuracy(space.build(space.teacher, "inherit"), evaluator.data.validation)
+    return accuracy(space.build(space.teacher, "sliced"), evaluator.data.validation)
 
 
 # Rollouts
@@ -106,7 +101,7 @@ def rollout(evaluator, seed, steps=True, **how):
     """Accuracy of the student of a seed, as `Evaluator.evaluate` finds it, or in a variant; None where it diverges."""
     config = evaluator.config
     try:
-        with seeded(seed, evaluator._device):
+        with seeded(seed, evaluator.device):
             student = evaluator.space.build(architecture(evaluator.space, seed), config.init)
             if steps:
                 rates = {"learning_rate": config.learning_rate, "kd_weight": config.kd_weight}
@@ -116,18 +111,8 @@ def rollout(evaluator, seed, steps=True, **how):
         return None
 
 
-class _Clock(evaluation._Clock):
-    """Waits for the device before it looks."""
-
-    def note(self, part):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        super().note(part)
-
-
 def evaluated(evaluator, seed):
     """The search's own evaluation of the student of a seed, its parts timed to their end on the device."""
-    evaluation._Clock = _Clock
     return evaluator.evaluate(architecture(evaluator.space, seed), seed)
 
 
@@ -182,12 +167,12 @@ class Workers:
     """
 
     def __init__(self, make):
-        self.make = make
+        self.make = pickle.dumps(make)  # whole: torch would pass its tensors as shared memory
         self.processes, self.pipes = [], []
 
     def grow(self, count):
         """Have so many at least."""
-        context = torch.multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn")
         started = range(len(self.pipes), count)
         for _ in started:
             here, there = context.Pipe()
@@ -200,14 +185,14 @@ class Workers:
             assert self.pipes[k].recv() == "ready"
 
     def rollouts(self, seeds, count, how):
-        """Accuracies of the students of these seeds, shared out among the first `count` processes, and seconds."""
-        found = [None] * len(seeds)
+        """Accuracies of the students of these seeds, by the first `count` processes, or what failed; and seconds."""
         start = time.perf_counter()
         for k in range(count):
             self.pipes[k].send((seeds[k::count], how))
-        for k in range(count):
-            found[k::count] = self.pipes[k].recv()
-        return found, time.perf_counter() - start
+        parts = [self.pipes[k].recv() for k in range(count)]
+        seconds = time.perf_counter() - start
+        failed = [part for part in parts if isinstance(part, str)]
+        return failed[0] if failed else [parts[n % count][n // count] for n in range(len(seeds))], seconds
 
     def close(self):
         for pipe in self.pipes:
@@ -217,11 +202,17 @@ class Workers:
 
 
 def _work(make, pipe):
-    """What such a process does; a first rollout of each variant makes ready what all share."""
+    """What such a process does; its first rollout makes the batches that all share."""
     torch.set_num_threads(1)
-    evaluator = make()
-    for n, how in enumerate(offered().values()):
-        rollout(evaluator, -10 - n, **how)
+    evaluator = pickle.loads(make)()
+    rollout(evaluator, -1)
     pipe.send("ready")
-    for seeds, how in iter(pipe.recv, None):
-        pipe.send([rollout(evaluator, seed, **how) for seed in seeds])
+    for job in iter(pipe.recv, None):
+        pipe.send(_answer(evaluator, *job))
+
+
+def _answer(evaluator, seeds, how):
+    try:
+        return [rollout(evaluator, seed, **how) for seed in seeds]
+    except Exception as error:  # noqa: BLE001 - a variant that fails is a finding
+        return f"{type(error).__name__}: {error}"

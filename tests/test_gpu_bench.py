@@ -72,7 +72,7 @@ def test_variants_come_to_the_accuracy_of_a_search(students):
     evaluator = recipe()()
     wanted = [evaluator.evaluate(students.architecture(evaluator.space, seed), seed).accuracy for seed in SEEDS]
     assert None not in wanted
-    for name, how in students.offered().items():
+    for name, how in students.VARIANTS.items():
         if name != "no steps":
             assert [students.rollout(evaluator, seed, **how) for seed in SEEDS] == wanted, name
 
@@ -82,11 +82,14 @@ def test_students_come_to_the_same_accuracy_in_any_number_of_processes(students)
     workers = students.Workers(recipe())
     for count in (1, 2):
         workers.grow(count)
-        for name, how in students.offered().items():
+        for name, how in students.VARIANTS.items():
             wanted = [students.rollout(evaluator, seed, **how) for seed in SEEDS]
             found, seconds = workers.rollouts(SEEDS, count, how)
             assert found == wanted, (name, count)
             assert seconds > 0
+    found, _ = workers.rollouts(SEEDS, 1, {"no_such": True})
+    assert found.startswith("TypeError")
+    assert workers.rollouts(SEEDS, 2, how)[0] == wanted
     workers.close()
     assert not any(process.is_alive() for process in workers.processes)
 
