@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch_pruning
 import torchvision
 from torch import nn
 
@@ -22,10 +21,11 @@ IMAGES = 256
 class Setting:
     """A teacher and all that each way needs to make students of it."""
 
-    def __init__(self, name):
+    def __init__(self, name, device="cpu"):
         self.name = name
-        self.images = torch.randn(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        self.teacher = recalibrate(torchvision.models.get_model(name, num_classes=10), self.images[:64].split(64))
+        self.images = torch.randn(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+        teacher = torchvision.models.get_model(name, num_classes=10).to(device)
+        self.teacher = recalibrate(teacher, self.images[:64].split(64))
         self.spaces = {
             "sliced": ArchitectureSpace(self.teacher, self.images[:1]),
             "fitted": ArchitectureSpace(self.teacher, self.images[:1], self.images),
@@ -55,6 +55,8 @@ class Setting:
         return update
 
     def torch_pruning(self):
+        import torch_pruning
+
         model = copy.deepcopy(self.teacher)
         classifier = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
         importance = torch_pruning.importance.MagnitudeImportance(p=1)
@@ -66,13 +68,14 @@ class Setting:
 
     def anew(self):
         """The torchvision model constructed again, its weights selected from the teacher's."""
-        model = torchvision.models.get_model(self.name, num_classes=10).eval()
+        device = self.images.device
+        model = torchvision.models.get_model(self.name, num_classes=10).eval().to(device)
         traced = self.spaces["sliced"]._traced
         for slot in slots_of(traced):
             value = slot.tensor
             for dim, axis in ((0, slot.rows), (1, slot.columns)):
                 if axis is not None and self.kept[axis] is not None:
-                    value = value.index_select(dim, torch.from_numpy(self.kept[axis]))
+                    value = value.index_select(dim, torch.from_numpy(self.kept[axis]).to(device))
             module = model.get_submodule(traced.names[slot.layer])
             if slot.is_parameter:
                 setattr(module, slot.name, nn.Parameter(value))

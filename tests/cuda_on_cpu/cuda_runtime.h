@@ -43,11 +43,18 @@ struct alignas(16) uint4 {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719
+};
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
       return "no error";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
     case cudaErrorLaunchFailure:
@@ -305,5 +312,28 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     blockIdx = dim3(b, 0, 0);
     if (!block.run()) return cudaErrorLaunchFailure;
   }
+  return cudaSuccess;
+}
+
+// The device's memory is the host's.
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+template <class T>
+cudaError_t cudaMalloc(T** address, size_t bytes) {
+  *address = static_cast<T*>(std::malloc(bytes));
+  return *address == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+inline cudaError_t cudaFree(void* address) {
+  std::free(address);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemset(void* address, int value, size_t bytes) {
+  std::memset(address, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() {
   return cudaSuccess;
 }
