@@ -21,7 +21,7 @@ from n2n_fast.batches import Batches, TeacherLogits
 from n2n_fast.data import accuracy
 from n2n_fast.distill import fit, recalibrate
 
-INITS = ("inherit", "calibrated", "reconstructed")
+INITS = ("sliced", "fitted")
 STEPS = (0, 20, 50)
 BATCH = 128
 IMAGES = 512
@@ -72,17 +72,15 @@ def measure(model, data, seed, rates, rows):
     batches = trainings(data, TeacherLogits(model, data.train), seed) if rates else {}
     for name, arch in cases(space).items():
         for init in INITS:
-            if init == "calibrated" and not all(arch.keep):
-                continue  # once layers are gone, it is a reconstruction
             row = rows.setdefault((name, init), {"compression": space.teacher.params / arch.params, "seconds": []})
             for steps in STEPS if rates and name in TRAINED else (0,):
                 start = time.perf_counter()
                 student = space.build(arch, init)
-                if init != "reconstructed":
+                if init != "fitted":
                     recalibrate(student, images.split(BATCH))
                 row["seconds"].append(time.perf_counter() - start)
                 if steps:
-                    fit(student, batches[steps], learning_rate=rates[init == "inherit", steps], kd_weight=0.1)
+                    fit(student, batches[steps], learning_rate=rates[init == "sliced", steps], kd_weight=0.1)
                 row.setdefault(str(steps), []).append(accuracy(student, data.validation.subset(torch.arange(2000))))
             print(seed, name, init, [round(row[s][-1], 4) for s in ("0", "20", "50") if s in row], flush=True)
 

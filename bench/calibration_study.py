@@ -1,4 +1,4 @@
-"""What fitted weights need: images, their balance, ridge, positions, batches for the norms, learning rate.
+"""What fitted weights need: images, their balance, ridge, positions, learning rate.
 
 usage: python bench/calibration_study.py TEACHER.pt fashion-mnist:DIR [STUDY ...] [--seeds 2] [--out DIR]
 Each study varies one setting and leaves the others as the package has them. Figures are accuracies on the first 2,000
@@ -21,8 +21,6 @@ from n2n_fast import calibration, teacher
 from n2n_fast.batches import TeacherLogits
 from n2n_fast.data import accuracy
 from n2n_fast.distill import Diverged, fit, recalibrate
-
-FITTED = ("calibrated", "reconstructed")
 
 
 class Bench:
@@ -58,7 +56,7 @@ class Bench:
             "1/3 gone, x0.5": space.shrink(third, [0.5] * count),
         }
 
-    def students(self, space, images, inits=FITTED, cases=None):
+    def students(self, space, images, inits=("fitted",), cases=None):
         """Accuracy and seconds of every case and init."""
         for case, arch in self.cases(space).items():
             if cases is not None and case not in cases:
@@ -66,7 +64,7 @@ class Bench:
             for init in inits:
                 start = time.perf_counter()
                 student = space.build(arch, init)
-                if init != "reconstructed":
+                if init != "fitted":
                     recalibrate(student, images.split(BATCH))
                 seconds = time.perf_counter() - start
                 yield case, init, accuracy(student, self.validation), seconds
@@ -112,7 +110,7 @@ def prior_study(bench):
         space = bench.space(images)
         for prior in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
             with constants(PRIOR=prior):
-                for row in bench.students(space, images, ["reconstructed"]):
+                for row in bench.students(space, images):
                     yield f"{prior:g}", row
 
 
@@ -126,24 +124,13 @@ def positions_study(bench):
                     yield str(count), row
 
 
-def norms_study(bench):
-    """Batches of 128 on which a calibrated student's norms are estimated anew."""
-    for seed in bench.seeds:
-        images = bench.images(IMAGES, seed)
-        space = bench.space(images)
-        for batches in (1, 2, 5, 10, 20, 50):
-            others = bench.images(batches * BATCH, 1000 + seed)
-            for row in bench.students(space, others, ["calibrated"], ["x0.5", "x0.35"]):
-                yield str(batches), row
-
-
 def saliency_study(bench):
     """Which channels are kept."""
     for seed in bench.seeds:
         images = bench.images(IMAGES, seed)
         for saliency in ("l1", "activations"):
             space = bench.space(images, saliency=saliency)
-            for row in bench.students(space, images, ["inherit", *FITTED]):
+            for row in bench.students(space, images, ["sliced", "fitted"]):
                 yield saliency, row
 
 
@@ -156,9 +143,9 @@ def rate_study(bench):
         arch = bench.cases(space)["x0.35"]
         for steps, batches in trainings(bench.data, logits, seed).items():
             for rate in (0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1):
-                for init in ("inherit", *FITTED):
+                for init in ("sliced", "fitted"):
                     student = space.build(arch, init)
-                    if init != "reconstructed":
+                    if init != "fitted":
                         recalibrate(student, images.split(BATCH))
                     start = time.perf_counter()
                     try:
@@ -168,9 +155,7 @@ def rate_study(bench):
                     yield f"{steps} steps, {rate:g}", ("x0.35", init, found, time.perf_counter() - start)
 
 
-STUDIES = {
-    name: globals()[f"{name}_study"] for name in ("images", "ridge", "prior", "positions", "norms", "saliency", "rate")
-}
+STUDIES = {name: globals()[f"{name}_study"] for name in ("images", "ridge", "prior", "positions", "saliency", "rate")}
 
 
 def table(rows):

@@ -36,7 +36,7 @@ def rollouts(count, train):
     for n in range(count):
         ratios = (0.1 + 0.9 * torch.rand(len(space.layers), generator=generator)).tolist()
         arch = space.shrink(space.teacher, ratios) if n > 0 else space.teacher
-        student = space.build(arch, "calibrated").train()
+        student = space.build(arch, "fitted").train()
         if train:
             kd_loss(student(images[:64]), logits, labels, 0.1).backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

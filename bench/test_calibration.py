@@ -21,7 +21,7 @@ def network(name, channels, size):
 
 
 @pytest.mark.parametrize(("name", "channels", "size"), [("resnet20", 1, 28), ("resnet18", 3, 32), ("resnet34", 3, 32)])
-@pytest.mark.parametrize("init", ["inherit", "calibrated", "reconstructed"])
+@pytest.mark.parametrize("init", ["sliced", "fitted"])
 def test_student(benchmark, name, channels, size, init):
     model, images = network(name, channels, size)
     space = ArchitectureSpace(model, images[:2], images)
@@ -37,6 +37,6 @@ def test_calibration(benchmark, name, size, rounds):
     """Peak memory is that of the process: run a case alone to read its own."""
     model, images = network(name, 3, size)
     space = benchmark.pedantic(ArchitectureSpace, (model, images[:2], images), rounds=rounds)
-    student = space.build(space.shrink(space.teacher, [0.5] * len(space.layers)), "calibrated")
+    student = space.build(space.shrink(space.teacher, [0.5] * len(space.layers)), "fitted")
     assert all(bool(value.isfinite().all()) for value in student.state_dict().values())
     benchmark.extra_info["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

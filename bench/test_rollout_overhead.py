@@ -27,10 +27,10 @@ class Setting:
         self.images = torch.randn(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         self.teacher = recalibrate(torchvision.models.get_model(name, num_classes=10), self.images[:64].split(64))
         self.spaces = {
-            "inherit": ArchitectureSpace(self.teacher, self.images[:1]),
-            "calibrated": ArchitectureSpace(self.teacher, self.images[:1], self.images),
+            "sliced": ArchitectureSpace(self.teacher, self.images[:1]),
+            "fitted": ArchitectureSpace(self.teacher, self.images[:1], self.images),
         }
-        space = self.spaces["inherit"]
+        space = self.spaces["sliced"]
         self.policy = ShrinkagePolicy(space.features().shape[1], RATIOS)
         self.mask = torch.tensor(space.choices(space.teacher)).T
         self.features = space.features()
@@ -67,7 +67,7 @@ class Setting:
     def anew(self):
         """The torchvision model constructed again, its weights selected from the teacher's."""
         model = torchvision.models.get_model(self.name, num_classes=10).eval()
-        traced = self.spaces["inherit"]._traced
+        traced = self.spaces["sliced"]._traced
         for slot in slots_of(traced):
             value = slot.tensor
             for dim, axis in ((0, slot.rows), (1, slot.columns)):
@@ -88,12 +88,12 @@ def setting(request):
     return Setting(request.param)
 
 
-@pytest.mark.parametrize("way", ["n2n_fast", "n2n_fast, calibrated", "Torch-Pruning", "constructed anew"])
+@pytest.mark.parametrize("way", ["n2n_fast", "n2n_fast, fitted", "Torch-Pruning", "constructed anew"])
 def test_rollout(benchmark, setting, way):
     benchmark.group = f"rollout: {setting.name}"
     calls = {
-        "n2n_fast": setting.ours("inherit"),
-        "n2n_fast, calibrated": setting.ours("calibrated"),
+        "n2n_fast": setting.ours("sliced"),
+        "n2n_fast, fitted": setting.ours("fitted"),
         "Torch-Pruning": setting.torch_pruning,
         "constructed anew": setting.anew,
     }

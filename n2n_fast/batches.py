@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -72,6 +72,7 @@ class Schedule:
     augmentation: Augmentation | None
     seed: int
     views: int | None = None
+    _draws: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)  # by view
 
     def __post_init__(self) -> None:
         """Refuse what cannot be iterated."""
@@ -107,17 +108,18 @@ class Schedule:
         """Images at index (n,) in a view, normalised, (n, C, H, W) float32."""
         images = self.split.images[index]
         if self.augmentation is not None:
-            images = self.augmentation.apply(images, self._draws(view)[:, index.cpu()])
+            images = self.augmentation.apply(images, self._drawn(self.augmentation, view)[:, index])
         return self.split.normalise(images).contiguous()
 
-    def _draws(self, view: int) -> Tensor:
+    def _drawn(self, augmentation: Augmentation, view: int) -> Tensor:
         """How a view changes each image of the split, (3, N); two views in turn mirror what the other does not."""
-        assert self.augmentation is not None
-        draws = self.augmentation.draw(len(self.split), generator(self.seed, 2, view // 2))
-        if view % 2:
-            others = self.augmentation.draw(len(self.split), generator(self.seed, 3, view // 2))
-            draws = torch.cat([others[:2], 1 - draws[2:]])
-        return draws
+        if view not in self._draws:
+            draws = augmentation.draw(len(self.split), generator(self.seed, 2, view // 2))
+            if view % 2:
+                others = augmentation.draw(len(self.split), generator(self.seed, 3, view // 2))
+                draws = torch.cat([others[:2], 1 - draws[2:]])
+            self._draws[view] = draws.to(self.split.images.device)
+        return self._draws[view]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield index (n,), images (n, C, H, W) float32, augmented and normalised, and labels (n,)."""

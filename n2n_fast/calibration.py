@@ -7,9 +7,9 @@ reconstruction; here it only replaces the weights). Channels are kept in the ord
 greedy by how much of all others a channel explains.
 """
 
+import contextlib
 import functools
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,15 @@ from n2n_fast.channels import BATCH_NORMS, CONVS
 from n2n_fast.errors import BadInput, DegenerateArchitecture
 from n2n_fast.graph import Architecture, TracedTeacher
 
-RIDGE = 1e-5  # ε in units of the mean variance of y
-PRIOR = 1e-2  # the same where the student's own activations are fitted, towards the teacher's bridge
-EXACT = 1e-8  # the same where samples show a linear map
+RIDGE = 1e-5  # ε of the teacher's own moments, in units of the mean variance of y
+PRIOR = 1e-2  # the same where the student's activations are fitted, towards the teacher's bridge
+EXACT = 1e-5  # the same where the samples show a linear map; less would be lost in their rounding
 EXPLAINED = 1e-5  # of a variance: what is left of it is the moments' rounding
 BLOCK = 64  # pivots between two updates of a Schur complement
-NARROW = 64  # channels
+ROWS = 1024  # samples that are summed in float32; such sums are added up in float64
 SAMPLES_PER_CHANNEL = 8
 MIN_SAMPLES = 16384
+PASS_IMAGES = 256  # that a student is fitted to; 512 are hardly better (bench/README.md)
 PASS_NUMBERS = 2**23  # the largest activation of a batch through the teacher: what caches hold is fastest
 MAX_PASS_NUMBERS = 2**26  # the same through a student, whose layers see all images at once
 
@@ -43,21 +44,22 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class _Split:
-    """The channels of a layer's input: those that a student keeps, as the teacher orders them, and those it loses."""
+class Target:
+    """What one layer reads in the teacher, at the images and positions that students are fitted to.
 
-    kept: np.ndarray
-    lost: np.ndarray
-    order: np.ndarray  # of all channels, the kept first
-    place: Tensor  # of each of `kept` in `order`
-    nested: bool  # whether `order` is the axis's own, by saliency
+    samples: (P, C), their mean taken off; mean: (C,); variance: (), the sum over channels, float64.
+    """
+
+    samples: Tensor
+    mean: Tensor
+    variance: Tensor
 
 
 class Calibration:
     """The teacher's inputs to each layer that mixes channels, at sampled positions of unlabelled images.
 
-    images: (N, C, H, W). Of each layer's input about max(16384, 8 C) positions are kept, so that memory is bounded by
-    the widths and not by the image size.
+    images: (N, C, H, W). Of each layer's input about max(16384, 8 C) positions are sampled, so that memory is bounded
+    by the widths and not by the image size; those of the first PASS_IMAGES images are kept.
     saliency: of each unit, (units,); the highest are kept. by_activations: keep those instead that the pivoted
     factorisation takes first, and let `saliency` decide between equals.
     fitted: the layers whose weights can be fitted: convolutions of one group and linear layers that are called once.
@@ -69,19 +71,23 @@ class Calibration:
         self.traced, self.images = traced, images
         self.fitted = {name: i for i, name in enumerate(traced.names) if traced.fittable[i]}
         self.grouped = {name: i for i, name in enumerate(traced.names) if traced.groupwise[i]}
+        self.passed = min(PASS_IMAGES, len(self._batch(0, MAX_PASS_NUMBERS)))  # images that a student sees
         self._generator = torch.Generator().manual_seed(0)
         self._places: dict[int, Tensor] = {}
-        self.samples: dict[int, Tensor] = self._run_teacher()
-        self.moments = {i: _moments(self.samples[i]) for i in self.fitted.values()}
+        with full_precision():
+            samples = self._run_teacher()
+            self.moments = {i: _moments(samples[i]) for i in self.fitted.values()}
         for i, moments in self.moments.items():
             if not moments.covariance.isfinite().all():
                 raise BadInput(
                     f"the input of the teacher's layer {traced.names[i]} is not finite on calibration images"
                 )
+        self.targets = {i: self._target(i, found) for i, found in samples.items()}
         self.saliency = self._explaining_first(saliency) if by_activations else saliency
 
     @torch.no_grad()
     def _run_teacher(self) -> dict[int, Tensor]:
+        """Samples of each layer's input, (positions of all images, channels)."""
         samples: dict[int, Tensor] = {}  # made whole: joining parts would need twice the memory
         calibration = self
         first = 0
@@ -103,6 +109,13 @@ class Calibration:
             first += len(batch)
         return samples
 
+    def _target(self, i: int, samples: Tensor) -> Target:
+        """Layer i's samples at the images that students are fitted to."""
+        samples = samples[: self.passed * self._places[i].shape[1]]
+        mean = samples.mean(0)
+        centred = samples - mean
+        return Target(centred, mean, centred.square().sum(0).double().sum() / len(centred))
+
     def _batch(self, first: int, numbers: int) -> Tensor:
         """Images from the `first` on, as many as `numbers` allow; by position, which is faster to sample."""
         count = max(1, numbers // self.traced.largest_activation)
@@ -120,14 +133,18 @@ class Calibration:
             rows = x.movedim(1, -1).flatten(1, -2)
         positions = rows.shape[1]
         if i not in self._places:
-            wanted = max(MIN_SAMPLES, SAMPLES_PER_CHANNEL * rows.shape[2])
-            count = min(positions, -(-wanted // len(self.images)))
-            draws = torch.rand(len(self.images), positions, generator=self._generator)
-            self._places[i] = draws.topk(count).indices.to(x.device)
-        places = self._places[i][first : first + len(x)]
-        image = torch.arange(len(x), device=x.device)[:, None]
-        found = rows.reshape(-1, rows.shape[2])[(image * positions + places).flatten()]
+            self._places[i] = self._drawn(positions, rows.shape[2]).to(x.device)
+        found, places = rows.reshape(-1, rows.shape[2]), self._places[i]
+        if places.shape[1] < positions:
+            found = found[places[first : first + len(x)].flatten() - first * positions]
         return found.float() if found.element_size() < 4 else found
+
+    def _drawn(self, positions: int, channels: int) -> Tensor:
+        """Which of all images' positions are sampled, (N, positions of each), counted through."""
+        wanted = max(MIN_SAMPLES, SAMPLES_PER_CHANNEL * channels)
+        count = min(positions, -(-wanted // len(self.images)))
+        draws = torch.rand(len(self.images), positions, generator=self._generator)
+        return draws.topk(count).indices + positions * torch.arange(len(self.images))[:, None]
 
     # Which channels
 
@@ -159,160 +176,83 @@ class Calibration:
 
     @torch.no_grad()
     def fit(self, student: fx.GraphModule, arch: Architecture, kept: Sequence[np.ndarray | None]) -> None:
-        """Fit the sliced weights of a student from which no layer was removed, from the teacher's moments alone.
-
-        What the lost channels did is added to the kept: W_kept + W_lost·A, A = E[h_lost yᵀ] (E[y yᵀ] + εI)⁻¹.
-        """
-        splits = self._splits(self.fitted.values(), kept)
-        lost_weights = self._weights(arch, kept, {i: split.lost for i, split in splits.items()})
-        for i, split in splits.items():
-            module: Any = student.get_submodule(self.traced.names[i])
-            (bridge, constant), lost = self._bridge(i, split), lost_weights[i]
-            _set_weight(module, lost, bridge, add=True)
-            norm = self.traced.norm_after[i]
-            if module.bias is not None:
-                module.bias.data.add_(_of_constant(lost, constant))
-            elif norm is not None:
-                mean: Any = student.get_submodule(self.traced.names[norm]).running_mean
-                if mean is not None:
-                    mean.sub_(_of_constant(lost, constant))
-
-    @torch.no_grad()
-    def reconstruct(self, student: fx.GraphModule, arch: Architecture, kept: Sequence[np.ndarray | None]) -> None:
         """Fit each layer to what really reaches it, in one pass over the student; norms are re-estimated on the way.
 
         The student's input y comes from the layers fitted before, the target h from the teacher (asymmetric
-        reconstruction), so that errors do not add up and removed layers are bridged.
+        reconstruction), so that errors do not add up and removed layers are bridged. On a GPU the host waits for it
+        once, at the end. Raises DegenerateArchitecture where activations are not finite.
         """
-        calibration = self
-        weights = self._weights(arch, kept, {i: None for i in self.fitted.values() if arch.keep[i]})
+        with full_precision():
+            fitter = _Fitter(self, student, arch, kept)
+            fitter.run(self._batch(0, MAX_PASS_NUMBERS)[: self.passed])
+        if not bool(fitter.finite):
+            raise DegenerateArchitecture("its activations are not finite")
 
-        class Fitter(fx.Interpreter):
-            def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-                module = self.fetch_attr(target)
-                i = calibration.fitted.get(target)
-                if i in weights:
-                    calibration._fit_to(module, i, args[0], weights[i], arch, kept)
-                if target in calibration.grouped and isinstance(module, CONVS):
-                    calibration._fit_groups(module, calibration.grouped[target], args[0], kept)
-                if isinstance(module, BATCH_NORMS) and module.track_running_stats:
-                    _estimate(module, args[0])
-                return super().call_module(target, args, kwargs)
-
-        Fitter(student).run(self._batch(0, MAX_PASS_NUMBERS))
-
-    def _fit_to(
-        self, module: Any, i: int, x: Tensor, weight: Tensor, arch: Architecture, kept: Sequence[np.ndarray | None]
-    ) -> None:
-        """Fit layer i to its input x in the student; weight: the teacher's, (C, O', kh', kw')."""
-        given = self.sample(i, x, 0)
-        wanted = self.samples[i][: len(given)]
-        intercept = self._has_intercept(i, arch.keep)
-        means = [s.mean(0) if intercept else torch.zeros_like(s[0]) for s in (given, wanted)]
-        given, wanted = given - means[0], wanted - means[1]
-        bridge = _bridge_between(given, wanted, self._teacher_bridge(i, kept)).to(given.dtype)
-        _set_weight(module, weight, bridge)
-        if module.bias is not None:
-            module.bias.data.add_(_of_constant(weight, means[1] - bridge @ means[0]))
-
-    def _fit_groups(self, module: Any, i: int, x: Tensor, kept: Sequence[np.ndarray | None]) -> None:
-        """Fit each convolution group of layer i to what of its input x in the student the same group reads."""
-        given = self.sample(i, x, 0)
-        channels = kept[self.traced.in_axis[i]]
-        wanted = self.samples[i][: len(given)]
-        wanted = wanted if channels is None else wanted[:, torch.from_numpy(channels).to(wanted.device)]
-        means = given.mean(0), wanted.mean(0)
-        weight = module.weight.data
-        width = weight.shape[1]
-        y, h = ((s - mean).double().view(len(given), -1, width) for s, mean in zip((given, wanted), means, strict=True))
-        second, cross = (torch.einsum("pgi,pgj->gij", a, y) / len(y) for a in (y, h))
-        ridge = PRIOR * second.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp_min(1e-30)
-        ridge = ridge * torch.eye(width, dtype=second.dtype, device=second.device)
-        bridge = torch.linalg.solve(second + ridge, cross + ridge, left=False).to(weight.dtype)
-        of_group = weight.view(len(bridge), -1, width, weight[0, 0].numel())
-        if module.bias is not None:
-            rest = means[1].view(-1, width, 1) - bridge @ means[0].view(-1, width, 1)
-            module.bias.data.add_((of_group.sum(3) @ rest).flatten())
-        weight.copy_(torch.einsum("gonk,gnm->gomk", of_group, bridge).reshape(weight.shape))
-
-    def _has_intercept(self, i: int, keep: Sequence[bool] | None = None) -> bool:
-        """Whether a constant that the layer adds is taken up, by its bias or by the norm that follows."""
+    def has_intercept(self, i: int, keep: Sequence[bool]) -> bool:
+        """Whether a constant that layer i adds is taken up, by its bias or by the norm that follows."""
         norm = self.traced.norm_after[i]
-        return getattr(self.traced.modules[i], "bias", None) is not None or (
-            norm is not None and (keep is None or keep[norm])
-        )
+        return getattr(self.traced.modules[i], "bias", None) is not None or (norm is not None and keep[norm])
 
-    def _split(self, axis: int, repeat: int, kept: np.ndarray) -> _Split:
-        """The split of an axis on which each channel has `repeat` positions, of which `kept` remain."""
-        order, channels = self._orders[axis], kept[::repeat] // repeat
-        is_kept = np.zeros(len(order), dtype=bool)
-        is_kept[channels] = True
-        nested = bool(is_kept[order[: len(channels)]].all())
-        order = order if nested else np.append(channels, np.flatnonzero(~is_kept))
-        first, lost = np.split(order, [len(channels)])
-        return _Split(channels, lost, order, torch.from_numpy(first.argsort()), nested)
+    def bridge(self, i: int, kept: np.ndarray, channels: Tensor) -> Tensor:
+        """A for layer i, (C, C') float64, where y is the teacher's own input restricted to the channels kept.
 
-    def _splits(self, layers: Iterable[int], kept: Sequence[np.ndarray | None]) -> dict[int, _Split]:
-        """The splits of those of the layers whose input loses channels."""
-        reads = {i: (int(self.traced.in_axis[i]), self.traced.repeats[i]) for i in layers}
-        of_axis = {
-            (axis, repeat): self._split(axis, repeat, channels)
-            for axis, repeat in set(reads.values())
-            if (channels := kept[axis]) is not None
-        }
-        return {i: of_axis[read] for i, read in reads.items() if read in of_axis}
+        kept, channels: the same channels, (C',), on the host and on the device.
+        """
+        count, (order, order_on_device) = len(kept), self._orders[int(self.traced.in_axis[i])]
+        if np.array_equal(np.sort(order[:count]), kept):
+            rows, inverse, _ = self._factors[i]
+            return (rows[:, :count] @ inverse[:count, :count])[:, order_on_device[:count].argsort()].double()
+        cross = self._second(i)[:, channels]  # a removal united groups, which are ordered by both
+        return _solve(cross[channels], cross, self._factors[i][2])
 
-    def _bridge(self, i: int, split: _Split) -> tuple[Tensor, Tensor]:
-        """What the kept channels say of layer i's lost ones: A, (lost, kept), and the mean that it leaves, (lost,)."""
-        factor, inverse, mean = self._factors[i] if split.nested else self._factor(i, split.order)
-        k = len(split.kept)
-        bridge = factor[k:, :k] @ inverse[:k, :k]
-        constant = torch.addmv(mean[k:], bridge, mean[:k], alpha=-1)
-        return bridge.index_select(1, split.place.to(factor.device)), constant
-
-    def _teacher_bridge(self, i: int, kept: Sequence[np.ndarray | None]) -> Tensor:
-        """A for layer i, (C, C'), where y is the teacher's own input restricted to the channels kept."""
-        mean = self.moments[i].mean
-        split = self._splits([i], kept).get(i)
-        if split is None:
-            return torch.eye(len(mean)).to(mean)
-        bridge = mean.new_zeros(len(split.order), len(split.kept))
-        bridge[split.kept, np.arange(len(split.kept))] = 1
-        bridge[split.lost] = self._bridge(i, split)[0].to(bridge)
-        return bridge
-
-    def _weights(
-        self, arch: Architecture, kept: Sequence[np.ndarray | None], channels: dict[int, np.ndarray | None]
-    ) -> dict[int, Tensor]:
-        """Teacher weights by input channel, (C, O', kh', kw'), at some input channels of some fitted layers."""
+    def weights(self, arch: Architecture, kept: Sequence[np.ndarray | None]) -> dict[int, Tensor]:
+        """Teacher weights of the fitted layers that are kept, by input channel, (C, O', kh', kw')."""
         bank, kernels, places = self._bank
-        of_layer = [channels.get(i) for i in self.fitted.values()]
-        chosen = np.array([places[i] for i in channels], dtype=np.int64)
-        crops = [arch.kernels[i] if len(arch.kernels[i]) == 2 else kernels[i] for i in channels]
-        cut = bank.materialize(chosen, [*of_layer, *kept], np.array(crops, dtype=np.int64).reshape(-1, 2))
-        return dict(zip(channels, cut, strict=True))
+        layers = [i for i in self.fitted.values() if arch.keep[i]]
+        chosen = np.array([places[i] for i in layers], dtype=np.int64)
+        crops = [arch.kernels[i] if len(arch.kernels[i]) == 2 else kernels[i] for i in layers]
+        whole = [None] * len(self.fitted)
+        cut = bank.materialize(chosen, [*whole, *kept], np.array(crops, dtype=np.int64).reshape(-1, 2))
+        return dict(zip(layers, cut, strict=True))
 
     # What all students share, made when first needed
 
     @functools.cached_property
-    def _orders(self) -> dict[int, np.ndarray]:
-        """For each axis that a fitted layer reads, its channels by saliency."""
-        repeats = {int(self.traced.in_axis[i]): self.traced.repeats[i] for i in self.fitted.values()}
-        of_axis = {axis: self.saliency[self.traced.axes[axis][::repeat]] for axis, repeat in repeats.items()}
-        return {axis: np.argsort(-saliency, kind="stable") for axis, saliency in of_axis.items()}
+    def _orders(self) -> dict[int, tuple[np.ndarray, Tensor]]:
+        """For each axis that a fitted layer reads, its channels by saliency, on the host and on the device."""
+        orders = {}
+        for i in self.fitted.values():
+            axis = int(self.traced.in_axis[i])
+            order = np.argsort(-self.saliency[self.traced.axes[axis][:: self.traced.repeats[i]]], kind="stable")
+            orders[axis] = order, torch.from_numpy(order).to(self.images.device)
+        return orders
 
     @functools.cached_property
     def _factors(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        """For each fitted layer its moments by saliency, factorised; the leading blocks are those of any width."""
-        return {i: self._factor(i, self._orders[int(self.traced.in_axis[i])]) for i in self.fitted.values()}
+        """For each fitted layer the Cholesky factor L of its moments by saliency, rows in the axis's order; L⁻¹; and ε.
 
-    def _factor(self, i: int, order: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Of layer i's input, channels in `order`: Cholesky factor of the second moments, its inverse, and mean."""
-        second = _second(self.moments[i], self._has_intercept(i))[order][:, order]
-        factor, _ = _factorised(second, RIDGE)
+        The leading blocks are those of any number of kept channels.
+        """
+        return {i: self._factor(i, self._orders[int(self.traced.in_axis[i])][1]) for i in self.fitted.values()}
+
+    def _factor(self, i: int, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        second = self._second(i)[order][:, order]
+        epsilon = _share(second, RIDGE)
+        while True:
+            factor, failed = torch.linalg.cholesky_ex(_plus(second, epsilon))
+            if not failed:
+                break
+            epsilon = 10 * epsilon  # the moments' rounding makes them less than singular
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
-        dtype = self.samples[i].dtype
-        return factor.to(dtype), inverse.to(dtype), self.moments[i].mean[order].to(dtype)
+        dtype = self.targets[i].samples.dtype
+        return factor[order.argsort()].to(dtype), inverse.to(dtype), epsilon
+
+    def _second(self, i: int) -> Tensor:
+        """Second moments of layer i's input in the teacher, (C, C), about the mean where that is taken up."""
+        moments = self.moments[i]
+        if self.has_intercept(i, [True] * len(self.traced.names)):
+            return moments.covariance
+        return moments.covariance + torch.outer(moments.mean, moments.mean)
 
     @functools.cached_property
     def _bank(self) -> tuple[ops.WeightBank, dict[int, tuple[int, int]], dict[int, int]]:
@@ -330,12 +270,129 @@ class Calibration:
         return ops.WeightBank(list(weights.values()), list(range(count)), out_axes), kernels, places
 
 
-def _set_weight(module: Any, weight: Tensor, bridge: Tensor, add: bool = False) -> None:
-    """The module's weight becomes, or grows by, Wᵀ A: weight W (C, O', kh', kw'), bridge A (C, C')."""
+class _Fitter(fx.Interpreter):
+    """Runs a student once; each of its layers is fitted to what reaches it, just before that layer is called."""
+
+    def __init__(
+        self, calibration: Calibration, student: fx.GraphModule, arch: Architecture, kept: Sequence[np.ndarray | None]
+    ) -> None:
+        """kept: for each axis the channels that the student keeps, None for all."""
+        super().__init__(student)
+        device = calibration.images.device
+        self.calibration, self.keep = calibration, arch.keep
+        self.kept = [
+            None if channels is None else (channels, torch.from_numpy(channels).to(device)) for channels in kept
+        ]
+        self.weights = calibration.weights(arch, kept)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module: Any = self.fetch_attr(target)
+        fitted, grouped = (layers.get(target) for layers in (self.calibration.fitted, self.calibration.grouped))
+        if fitted in self.weights:
+            self._fit(module, fitted, args[0])
+        elif grouped is not None and isinstance(module, CONVS):
+            self._fit_groups(module, grouped, args[0])
+        elif isinstance(module, BATCH_NORMS) and module.track_running_stats:
+            with _estimating(module, args[0]):
+                return super().call_module(target, args, kwargs)
+        return super().call_module(target, args, kwargs)
+
+    def _fit(self, module: Any, i: int, x: Tensor) -> None:
+        """Fit layer i to its input x in the student."""
+        target, weight = self.calibration.targets[i], self.weights[i]
+        given = self.calibration.sample(i, x, 0)
+        mean = given.mean(0)
+        given = given - mean
+        second, cross, total = _product(given, given), _product(target.samples, given), target.variance
+        intercept = self.calibration.has_intercept(i, self.keep)
+        if not intercept:
+            second = second + torch.outer(mean, mean)
+            cross, total = cross + torch.outer(target.mean, mean), total + target.mean.double().square().sum()
+        prior = self._prior(i)
+        bridge = _solve(second, cross, _share(second, PRIOR), prior)
+        if len(given) > 2 * len(second):  # enough samples to tell a linear map from a lucky fit
+            exact = _solve(second, cross, _share(second, EXACT), prior)
+            rest = total - 2 * (exact * cross).sum() + (exact @ second * exact).sum()  # E|h - A y|²
+            bridge = torch.where(rest.abs() < EXPLAINED * total, exact, bridge)
+        self.finite.logical_and_(bridge.isfinite().all())
+        bridge = bridge.to(given.dtype)
+        _set_weight(module, weight, bridge)
+        if module.bias is not None:
+            module.bias.data.add_(_of_constant(weight, target.mean - bridge @ mean))
+
+    def _prior(self, i: int) -> Tensor:
+        """What layer i's bridge is drawn to: the teacher's, (C, C')."""
+        traced, kept = self.calibration.traced, self.kept[self.calibration.traced.in_axis[i]]
+        if kept is None:
+            return torch.eye(len(self.weights[i]), dtype=torch.float64, device=self.finite.device)
+        repeat = traced.repeats[i]
+        return self.calibration.bridge(i, *(channels[::repeat] // repeat for channels in kept))
+
+    def _fit_groups(self, module: Any, i: int, x: Tensor) -> None:
+        """Fit each convolution group of layer i to what of its input x in the student the same group reads."""
+        target, kept = self.calibration.targets[i], self.kept[self.calibration.traced.in_axis[i]]
+        wanted, mean = target.samples, target.mean
+        if kept is not None:
+            wanted, mean = wanted[:, kept[1]], mean[kept[1]]
+        given = self.calibration.sample(i, x, 0)
+        offset = given.mean(0)
+        weight = module.weight.data
+        width = weight.shape[1]
+        y, h = (samples.double().view(len(given), -1, width) for samples in (given - offset, wanted))
+        second, cross = (torch.einsum("pgi,pgj->gij", a, y) / len(y) for a in (y, h))
+        ridge = PRIOR * second.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp_min(1e-30)
+        ridge = ridge * torch.eye(width, dtype=second.dtype, device=second.device)
+        factor, _ = torch.linalg.cholesky_ex(second + ridge)
+        bridge = torch.cholesky_solve((cross + ridge).mT, factor).mT.to(weight.dtype)
+        self.finite.logical_and_(bridge.isfinite().all())
+        of_group = weight.view(len(bridge), -1, width, weight[0, 0].numel())
+        if module.bias is not None:
+            rest = mean.view(-1, width, 1) - bridge @ offset.view(-1, width, 1)
+            module.bias.data.add_((of_group.sum(3) @ rest.to(weight.dtype)).flatten())
+        weight.copy_(torch.einsum("gonk,gnm->gomk", of_group, bridge).reshape(weight.shape))
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 in float32, whatever was chosen for speed: fitted weights need more digits than TF32 has."""
+    products = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(
+            enabled=torch.backends.cudnn.enabled,
+            benchmark=torch.backends.cudnn.benchmark,
+            deterministic=torch.backends.cudnn.deterministic,
+            allow_tf32=False,
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+
+
+@contextlib.contextmanager
+def _estimating(norm: Any, x: Tensor) -> Iterator[None]:
+    """Let a batch norm take its statistics from its input x, and use the same ever after.
+
+    Training mode does both in one pass over x, but keeps n / (n - 1) of the variance that it divides by.
+    """
+    count, momentum = x.numel() // x.shape[1], norm.momentum
+    if count < 2:
+        yield
+        return
+    norm.train()
+    norm.momentum = 1.0
+    yield
+    norm.eval()
+    norm.momentum = momentum
+    norm.running_var.mul_((count - 1) / count)
+
+
+def _set_weight(module: Any, weight: Tensor, bridge: Tensor) -> None:
+    """The module's weight becomes Wᵀ A: weight W (C, O', kh', kw'), bridge A (C, C')."""
     result = bridge.T.to(weight.dtype) @ weight.flatten(1)
     result = result.view(len(result), weight.shape[1], -1).transpose(0, 1)
-    target = module.weight.data.view(result.shape)
-    target.add_(result) if add else target.copy_(result)
+    module.weight.data.view(result.shape).copy_(result)
 
 
 def _of_constant(weight: Tensor, constant: Tensor) -> Tensor:
@@ -351,69 +408,30 @@ def _moments(samples: Tensor) -> Moments:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """E[a bᵀ] of samples (P, A) and (P, B), (A, B) float64.
-
-    Multiplied in their precision, which centring has made enough; where they are narrow, in float64, which costs little
-    and keeps sums over many samples exact.
-    """
-    if max(a.shape[1], b.shape[1]) <= NARROW:
-        a, b = a.double(), b.double()
-    return (a.T @ b).double() / len(a)
+    """E[a bᵀ] of centred samples (P, A) and (P, B), (A, B) float64."""
+    whole = len(a) // ROWS * ROWS
+    blocks = (s[:whole].view(-1, ROWS, s.shape[1]) for s in (a, b))
+    total = torch.bmm(next(blocks).mT, next(blocks)).sum(0, dtype=torch.float64)
+    return (total + a[whole:].T @ b[whole:]) / len(a)
 
 
-def _second(moments: Moments, centred: bool) -> Tensor:
-    return moments.covariance if centred else moments.covariance + torch.outer(moments.mean, moments.mean)
+def _solve(second: Tensor, cross: Tensor, epsilon: Tensor, prior: Tensor | None = None) -> Tensor:
+    """A = (E[h yᵀ] + ε·prior) (E[y yᵀ] + εI)⁻¹, given E[y yᵀ] (C', C') and E[h yᵀ] (C, C'); NaN where it has none."""
+    factor, failed = torch.linalg.cholesky_ex(_plus(second, epsilon))
+    wanted = cross if prior is None else cross + epsilon * prior
+    return torch.cholesky_solve(wanted.T, factor).T.where(failed == 0, torch.nan)
 
 
-def _bridge_between(given: Tensor, wanted: Tensor, prior: Tensor) -> Tensor:
-    """A that minimises E|h - A y|² + ε|A - prior|², (C, C'), float64, given samples y (P, C') and h (P, C).
-
-    Samples are few beside the channels and the prior is worth much, unless they show h to be a linear map of y.
-    """
-    second, cross = _product(given, given), _product(wanted, given)
-    bridge = _solve(second, cross, PRIOR, prior)
-    total = float(wanted.double().square().sum()) / len(wanted)
-    if len(given) > 2 * len(second) and _residual(total, second, cross, bridge) < 1e-2 * total:
-        given, wanted = given.double(), wanted.double()
-        second, cross = _product(given, given), _product(wanted, given)
-        exact = _solve(second, cross, EXACT, prior)
-        if _residual(total, second, cross, exact) < EXPLAINED * total:
-            return exact
-    return bridge
+def _share(second: Tensor, ridge: float) -> Tensor:
+    """ε, `ridge` times the mean of second moments (C, C): dead and doubled channels leave them singular."""
+    return ridge * second.diagonal().mean().clamp_min(1e-30)
 
 
-def _solve(second: Tensor, cross: Tensor, ridge: float, prior: Tensor) -> Tensor:
-    """A = (E[h yᵀ] + ε·prior) (E[y yᵀ] + εI)⁻¹, given E[y yᵀ] (C', C') and E[h yᵀ] (C, C')."""
-    factor, epsilon = _factorised(second, ridge)
-    return torch.cholesky_solve((cross + epsilon * prior).T, factor).T
-
-
-def _residual(total: float, second: Tensor, cross: Tensor, bridge: Tensor) -> float:
-    """E|h - A y|², given E|h|²."""
-    return total - 2 * float((bridge * cross).sum()) + float((bridge @ second * bridge).sum())
-
-
-def _factorised(second: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """Cholesky factor of second moments plus εI, and ε: `ridge` times their mean, or more where that is too little.
-
-    The ridge keeps dead and doubled channels finite, whose moments are singular but for their rounding.
-    """
-    epsilon = ridge * max(float(second.diagonal().mean()), 1e-30)
-    if not math.isfinite(epsilon):
-        raise DegenerateArchitecture("its activations are not finite")
-    identity = torch.eye(len(second), dtype=second.dtype, device=second.device)
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(second + epsilon * identity)
-        if not failed:
-            return factor, epsilon
-        epsilon *= 10
-
-
-def _estimate(norm: Any, x: Tensor) -> None:
-    """Set the statistics of a batch norm to those of its input."""
-    variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1])
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(variance)
+def _plus(second: Tensor, epsilon: Tensor) -> Tensor:
+    """Second moments plus εI."""
+    regular = second.clone()
+    regular.diagonal().add_(epsilon)
+    return regular
 
 
 def pivoted_order(matrix: Tensor) -> np.ndarray:

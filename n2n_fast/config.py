@@ -28,7 +28,7 @@ class SearchConfig:
     stage_epochs: float = 1.0  # for the best student of stage 1, from which stage 2 starts
     final_epochs: float = 10.0  # for the best students of the last stage
     keep_top: int = 2  # how many of them are trained so; the best by validation is the result
-    init: str = "reconstructed"  # what students start from: reconstructed, calibrated, inherit or random
+    init: str = "fitted"  # what students start from: fitted, sliced or random
     saliency: str | None = None  # activations or l1; default: activations where weights are fitted to them
     batch_size: int = 128
     learning_rate: float = 0.01  # peak, for a rollout's student: fitted weights of a wide net want small steps

@@ -119,7 +119,7 @@ class Evaluator:
 
     def _build(self, arch: Architecture) -> fx.GraphModule:
         student = self.space.build(arch, self.config.init)
-        if self.config.init != "reconstructed":  # which has re-estimated norms on the way
+        if self.config.init != "fitted":  # which has re-estimated norms on the way
             recalibrate(student, torch.split(self._calibration, 128))
         return student
 
@@ -197,7 +197,7 @@ class Recipe:
 
 def space_of(teacher: nn.Module, calibration: Tensor, config: SearchConfig) -> ArchitectureSpace:
     """The space of a teacher, or of an earlier stage's student; calibration: images (N, C, H, W)."""
-    looks = config.init in ("reconstructed", "calibrated") or config.saliency == "activations"
+    looks = config.init == "fitted" or config.saliency == "activations"
     images = calibration if looks else None
     return ArchitectureSpace(
         teacher, calibration[:2], images, saliency=config.saliency, leaf=config.leaf, round_to=config.round_to
@@ -206,12 +206,12 @@ def space_of(teacher: nn.Module, calibration: Tensor, config: SearchConfig) -> A
 
 def giving_logits(teacher: nn.Module, space: ArchitectureSpace, images: Tensor) -> nn.Module:
     """The teacher, or where it has several outputs one that gives the logits alone."""
-    return teacher if isinstance(run(teacher, images[:2]), Tensor) else space.build(space.teacher, "inherit")
+    return teacher if isinstance(run(teacher, images[:2]), Tensor) else space.build(space.teacher, "sliced")
 
 
 def restored(space: ArchitectureSpace, arch: Architecture, state: dict[str, Tensor]) -> fx.GraphModule:
     """A student that was trained before."""
-    student = space.build(arch, "inherit")
+    student = space.build(arch, "sliced")
     load_finite(student, state)
     return student
 

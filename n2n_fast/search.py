@@ -640,7 +640,7 @@ class _Search:
             found: float | None
             student: fx.GraphModule | None
             if not last and whole == stage.space.teacher:  # nothing is removed, nothing to train
-                found, student = self.teacher.accuracy, stage.space.build(whole, "inherit")
+                found, student = self.teacher.accuracy, stage.space.build(whole, "sliced")
             else:
                 found, student = self._trained(stage, whole, epochs, f"the best{which} of {stage.name}")
             if student is None:

@@ -15,7 +15,7 @@ from n2n_fast.errors import BadInput, DegenerateArchitecture
 from n2n_fast.graph import KINDS, Architecture, Layer, TracedTeacher, crop, smallest_kernel
 from n2n_fast.student import StudentFactory, l1_saliency, randomize
 
-INITS = ("calibrated", "reconstructed", "inherit", "random")
+INITS = ("fitted", "sliced", "random")
 SALIENCIES = ("activations", "l1")
 NARROWEST = 1e-4  # factor of ratios, which leaves one channel everywhere
 HALVINGS = 12  # of the logarithms of the factors that are possible
@@ -229,26 +229,24 @@ class ArchitectureSpace:
     def build(self, arch: Architecture, init: str | None = None) -> fx.GraphModule:
         """The student of an architecture, in evaluation mode, on the teacher's device and of its dtype.
 
-        init: "calibrated" fits the weights to the teacher's activations, the default where calibration images were
-        given; "reconstructed" fits them to the student's own, layer by layer, which also re-estimates its batch norms;
-        "inherit" cuts the teacher's, the default otherwise; "random" draws new ones from torch's generator.
+        init: "fitted" fits the weights, layer by layer, so that each rebuilds what the teacher's layer reads, and
+        re-estimates batch norms; the default where calibration images were given. "sliced" cuts the teacher's weights,
+        the default otherwise. "random" draws new ones from torch's generator.
         Its parameters are its own; its fx graph is shared with the space: deepcopy the student before editing that.
         """
         self._check(arch)
-        init = init or ("inherit" if self._calibration is None else "calibrated")
+        init = init or ("sliced" if self._calibration is None else "fitted")
         if init not in INITS:
             raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
         kept = self._factory.kept_channels(self._kept_units(arch))
         student = self._factory.build(arch, kept)
         if init == "random":
             randomize(student)
-        elif init != "inherit":
+        elif init == "fitted":
             if self._calibration is None:
                 raise ValueError(f"init: {init!r} needs the space to be made with calibration images")
-            # moments know nothing of what reaches a layer once others are gone
-            whole = all(arch.keep) and init == "calibrated"
-            fit = self._calibration.fit if whole else self._calibration.reconstruct
-            fit(student, arch, kept)
+            if arch != self.teacher:
+                self._calibration.fit(student, arch, kept)
         return student
 
     def unrounded(self) -> "ArchitectureSpace":

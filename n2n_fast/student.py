@@ -112,7 +112,7 @@ class StudentFactory:
         self._alone = [self._by_saliency([g])[0][1] for g in range(len(traced.units))]
 
     def build(self, arch: Architecture, kept: Sequence[np.ndarray | None]) -> fx.GraphModule:
-        """The student with its weights sliced from the teacher's ("inherit"); kept: of `kept_channels`."""
+        """The student with its weights sliced from the teacher's ("sliced"); kept: of `kept_channels`."""
         with _collector_paused():
             return self._build(arch, kept)
 

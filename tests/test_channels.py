@@ -108,12 +108,12 @@ def test_signals_and_volumes_shrink_too(dimensions: int) -> None:
     net, x = volume(dimensions).eval(), torch.randn(2, 3, *[8] * dimensions)
     space = ArchitectureSpace(net, x, calibration=torch.randn(16, 3, *[8] * dimensions))
     with torch.no_grad():
-        assert torch.equal(space.build(space.teacher, "inherit")(x), net(x))
+        assert torch.equal(space.build(space.teacher, "sliced")(x), net(x))
     assert space.warnings == ()
     for ratio in (0.1, 0.5):
         arch = space.shrink(space.teacher, [ratio] * len(space.layers), [0.3] * len(space.layers))
         assert arch.params < space.teacher.params
-        for init in ("inherit", "calibrated", "reconstructed"):
+        for init in ("sliced", "fitted"):
             student = space.build(arch, init)
             assert sum(p.numel() for p in student.parameters()) == arch.params
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -125,7 +125,7 @@ def test_signals_and_volumes_shrink_too(dimensions: int) -> None:
 def test_the_example_takes_the_teachers_dtype(dtype: torch.dtype) -> None:
     net = settle(chain()).to(dtype)
     space = ArchitectureSpace(net, images(), calibration=images(count=32))
-    student = space.build(space.shrink(space.teacher, [0.5] * len(space.layers)), "reconstructed")
+    student = space.build(space.shrink(space.teacher, [0.5] * len(space.layers)), "fitted")
     assert {p.dtype for p in student.parameters()} == {dtype}
     assert student(images().to(dtype)).isfinite().all()
 

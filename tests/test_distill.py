@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from n2n_fast import distill
+from counting import counted
+from n2n_fast import distill, ops
 from n2n_fast.batches import Batches
 from n2n_fast.data import from_tensors
 from n2n_fast.distill import Diverged, Progress, fit, latency_ms, recalibrate, seeded
@@ -132,6 +134,50 @@ def test_bfloat16_only_where_the_hardware_has_it(amx, monkeypatch):
     with distill.mixed_precision(torch.device("cpu")):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == (torch.bfloat16 if amx else torch.float32)
+
+
+def test_a_step_is_few_kernels_and_waits_for_nothing():
+    student = torchvision.models.resnet18(num_classes=10)
+    data = from_tensors("noise", (torch.randn(640, 3, 32, 32), torch.arange(640) % 10), seed=0)
+    calls = []
+    for steps in (11, 12):
+        part = [(*data.train.batch(torch.arange(16)), torch.randn(16, 10))] * steps
+        with counted() as (kernels, traffic):
+            fit(student, Given(part), learning_rate=0.01, kd_weight=0.1)
+        calls.append(kernels)
+        assert traffic.reads["tolist"] == 2  # after ten steps, and at the end
+        assert traffic.reads.total() <= 3  # the optimizer looks at its rate, once
+    step = calls[1] - calls[0]
+    assert step["aten::convolution"] == 20
+    assert step.total() <= 160
+    assert not step["aten::_local_scalar_dense"]
+
+
+class Given(list):
+    """Batches that are there."""
+
+    def after(self, start):
+        return iter(self[start:])
+
+
+def test_a_replayed_step_is_a_step():
+    """What is recorded on a GPU runs uncaptured on a CPU, with static copies of the batches or without."""
+    data = separable()
+    students = [fit(network(), batches(data, network(1).eval()), learning_rate=0.1, capture=c) for c in (False, True)]
+    assert all(torch.equal(a, b) for a, b in zip(*(s.state_dict().values() for s in students), strict=True))
+
+
+def test_the_loss_sees_logits_of_full_precision(monkeypatch):
+    seen = []
+    whole = ops.kd_loss_and_grad
+
+    def spy(logits, teacher, labels, weight):
+        seen.append((logits.dtype, teacher.dtype))
+        return whole(logits, teacher, labels, weight)
+
+    monkeypatch.setattr(ops, "kd_loss_and_grad", spy)
+    fit(network(), batches(separable(), network(1).eval(), 0.1), learning_rate=0.01, kd_weight=0.1, autocast=True)
+    assert set(seen) == {(torch.float32, torch.float32)}
 
 
 ODD_WIDTHS = """

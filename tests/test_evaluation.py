@@ -35,7 +35,7 @@ def evaluator(data):
             teacher = SmallResNet(1, data.classes, 1).eval()
         images = data.train.batch(torch.arange(32))[0]
         space = ArchitectureSpace(teacher, images[:2], images)
-        config = SearchConfig(init="inherit", rollout_steps=steps, batch_size=16, **settings)
+        config = SearchConfig(init="sliced", rollout_steps=steps, batch_size=16, **settings)
         return Evaluator("shrinkage", space, data, TeacherLogits(teacher, data.train), images, config)
 
     return of
@@ -99,7 +99,7 @@ def test_a_reconstruction_that_cannot_be_solved_is_an_error(evaluator, monkeypat
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_overflow_of_mixed_precision_diverges(dtype, evaluator, monkeypatch):
-    monkeypatch.setattr(distill, "mixed_precision", lambda _: torch.autocast("cpu", dtype))
+    monkeypatch.setattr(distill, "mixed_precision", lambda *_: torch.autocast("cpu", dtype))
     judge = evaluator(2)
     spoiled(monkeypatch, lambda student: student.fc.weight.fill_(1e38))
     found = judge.evaluate(judge.space.teacher, 0)

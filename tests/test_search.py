@@ -441,7 +441,7 @@ def test_degenerate_students_are_never_built(teacher, data, tmp_path, monkeypatc
     assert {r["reward"] for r in lines(tmp_path / "e")} == {-1.0}
 
 
-@pytest.mark.parametrize(("init", "saliency"), [("inherit", "activations"), ("calibrated", "l1"), ("random", None)])
+@pytest.mark.parametrize(("init", "saliency"), [("sliced", "activations"), ("fitted", "l1"), ("random", None)])
 def test_what_students_start_from_can_be_chosen(teacher, data, tmp_path, init, saliency):
     config = replace(PLAIN, stages="shrinkage", updates=1, init=init, saliency=saliency)
     found = compress(teacher, data, config, tmp_path / "g")

@@ -284,7 +284,7 @@ def tilt(directory, name, hundredths):
     ratios = space.tilted(hundredths / 100)
     most = space.teacher.params // SMALLER["search"][name]
     arch = space.shrink_within(space.teacher, ratios, params=most, grow=True)
-    model = space.build(arch, "reconstructed")
+    model = space.build(arch, "fitted")
     before = accuracy(model, found.validation)
     return {"macs": arch.macs, "validation_before_training": before, **trained_alike(directory, name, 0, model)}
 
