@@ -1,4 +1,4 @@
-"""Time to calibrate a teacher and to build one fitted student of it: python -m pytest bench/test_calibration.py."""
+"""Time to calibrate a teacher and to build one fitted student of it: pytest bench/test_calibration.py."""
 
 import resource
 

@@ -110,7 +110,9 @@ teacher_options = section(
     option("--leaf", multiple=True, metavar="MODULE", help="Treat a submodule as one opaque layer; repeatable."),
     option("--round-to", type=click.IntRange(min=1), metavar="N", help="Shrink to multiples of N channels."),
 )  # fmt: skip
-seed_option = option("--seed", default=0, show_default=True, type=int, help="Of all that is drawn.")
+seed_option = option(
+    "--seed", default=0, show_default=True, type=int, help="Of all that is drawn; on a CPU it repeats a run."
+)
 device_option = option("--device", callback=_device, help="cpu, cuda, ...; default: cuda where there is one.")
 json_option = option("--json", "as_json", is_flag=True, help="For programs: JSON on stdout.")
 quiet_option = option("--quiet", is_flag=True, help="No progress; warnings and the result alone.")

@@ -8,12 +8,14 @@ torch, which tests compare with and which serves dtypes and devices without a ke
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 import threading
 import weakref
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
-from n2n_fast import _C
+try:
+    from n2n_fast import _C
+except ImportError as error:
+    if importlib.util.find_spec("n2n_fast._C") is not None:
+        raise
+    raise ImportError(
+        f"n2n_fast was imported from {Path(__file__).parent}, where its native core is not built; to use the installed "
+        "package start Python elsewhere, or without -m; to build it there: pip install -e ."
+    ) from error
 
 __all__ = [
     "WeightBank",

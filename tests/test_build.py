@@ -60,6 +60,16 @@ def test_only_ops_imports_the_native_module():
     assert users == ["ops.py"]
 
 
+def test_a_checkout_that_is_not_built_says_so(tmp_path):
+    shutil.copytree(ROOT / "n2n_fast", tmp_path / "n2n_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "-c", "import n2n_fast"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: n2n_fast was imported from {tmp_path / 'n2n_fast'}, where its native core")
+    assert last.endswith("pip install -e .")
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler")
 @pytest.mark.parametrize("name", ["kd_loss", "materialize"])
 def test_kernels_do_not_spill_registers(name, tmp_path):

@@ -34,6 +34,12 @@ def test_there_are_commands_and_blocks_to_try() -> None:
     assert all(blocks(page, "python") for page in (ROOT / "README.md", ROOT / "docs" / "embedding.md"))
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_and_benchmarks_are_run_with_the_installed_package(page: Path) -> None:
+    """`python -m pytest` in a checkout imports that, where nothing is built."""
+    assert "python -m pytest" not in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(("page", "words"), EVERY_COMMAND, ids=lambda value: str(value)[:60])
 def test_every_command_is_understood(page: str, words: list[str]) -> None:
     group = cli.cli

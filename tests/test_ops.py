@@ -721,7 +721,7 @@ def test_bad_shapes_are_refused_while_tracing():
         compiled(STUDENT, TEACHER, LABELS[:3])
 
 
-# --- the build, and the GPU -------------------------------------------------------------------------------------------
+# --- the build -------------------------------------------------------------------------------------------
 
 
 def test_build_info_says_what_was_built():
@@ -729,40 +729,3 @@ def test_build_info_says_what_was_built():
     assert set(info) == {"compiler", "cuda", "cuda_version", "cuda_archs", "simd", "simd_used"}
     assert info["simd_used"] in info["simd"]
     assert info["cuda"] == bool(info["cuda_version"]) == bool(info["cuda_archs"])
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize(("dtype", "rtol", "atol"), DTYPES)
-@pytest.mark.parametrize("shape", [*LOGIT_SHAPES, (0, 5)], ids=str)
-def test_the_loss_on_a_gpu(shape, dtype, rtol, atol):
-    student, teacher, labels = logits(*shape, dtype)
-    on_gpu = [t.cuda() for t in (student, teacher, labels)]
-    loss, grad, correct = ops.kd_loss_and_grad(*on_gpu, 0.3)
-    wanted = ops.kd_loss_and_grad(student, teacher, labels, 0.3)
-    torch.testing.assert_close(loss.cpu(), wanted[0], rtol=1e-5, atol=0)
-    torch.testing.assert_close(grad.cpu(), wanted[1], rtol=rtol, atol=atol)
-    assert correct.item() == wanted[2].item()
-    assert torch.equal(ops.kd_loss_and_grad(*on_gpu, 0.3)[0], loss)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_a_label_out_of_range_on_a_gpu_gives_nan():
-    student, teacher, _ = logits(3, 4)
-    assert ops.kd_loss(student.cuda(), teacher.cuda(), torch.tensor([0, 4, 1]).cuda(), 0.5).isnan()
-
-
-@pytest.mark.gpu
-@needs_gpu
-@settings(max_examples=100, deadline=None)
-@given(plan())
-def test_materialize_on_a_gpu(arguments):
-    weights, keep_out, keep_in, kernels = arguments
-    results = ops.materialize([w.cuda() for w in weights], keep_out, keep_in, kernels)
-    assert_results([r.cpu() for r in results], ops.materialize(*arguments))
-    with pytest.raises(ValueError, match="out of range"):
-        ops.materialize([torch.randn(3).cuda()], [torch.tensor([3])], [None])

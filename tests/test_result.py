@@ -44,6 +44,7 @@ def test_students_are_written_from_the_cpu(finish):
     loaded = result.load_student(found.out)
     assert {tensor.device.type for tensor in tensors_of(loaded)} == {"cpu"}
     assert loaded(torch.zeros(3, 1, 8, 8)).shape == (3, 4)
+    assert loaded.to(ELSEWHERE)(torch.zeros(3, 1, 8, 8, device=ELSEWHERE)).device == ELSEWHERE
 
 
 def test_a_lack_of_memory_is_not_taken_for_a_student_that_cannot_be_exported(finish, monkeypatch):
