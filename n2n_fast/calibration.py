@@ -28,9 +28,9 @@ EXACT = 1e-5  # the same where the samples show a linear map; less would be lost
 NEARLY = 1e-3  # of a variance: kept channels that leave more of the teacher's tell no lost one exactly
 EXPLAINED = 1e-5  # of a variance: what is left of it is the moments' rounding
 BLOCK = 64  # pivots between two updates of a Schur complement
-ROWS = 1024  # samples that are summed in float32; such sums are added up in float64
+ROWS = 2048  # samples that are summed in float32; such sums are added up in float64
 SAMPLES_PER_CHANNEL = 8
-MIN_SAMPLES = 12288
+MIN_SAMPLES = 16384  # of the images that a student is fitted to
 PASS_IMAGES = 320  # that a student is fitted to; 256 are 0.5 points worse on a ResNet-18 (bench/README.md)
 PASS_NUMBERS = 2**23  # the largest activation of a batch through the teacher: what caches hold is fastest
 MAX_PASS_NUMBERS = 2**26  # the same through a student, whose layers see all images at once
@@ -73,8 +73,8 @@ class Factor:
 class Calibration:
     """The teacher's inputs to each layer that mixes channels, at sampled positions of unlabelled images.
 
-    images: (N, C, H, W). Of each layer's input about max(12288, 8 C) positions are sampled, so that memory is bounded
-    by the widths and not by the image size; those of the first PASS_IMAGES images are kept.
+    images: (N, C, H, W). Students are fitted to the first PASS_IMAGES of them, at about max(16384, 8 C) positions of
+    each layer's input, so that memory is bounded by the widths and not by the image size. Moments are of all images.
     saliency: of each unit, (units,); the highest are kept. by_activations: keep those instead that the pivoted
     factorisation takes first, and let `saliency` decide between equals.
     fitted: the layers whose weights can be fitted: convolutions of one group and linear layers that are called once.
@@ -157,7 +157,7 @@ class Calibration:
     def _drawn(self, positions: int, channels: int) -> Tensor:
         """Which of all images' positions are sampled, (N, positions of each), counted through."""
         wanted = max(MIN_SAMPLES, SAMPLES_PER_CHANNEL * channels)
-        count = min(positions, -(-wanted // len(self.images)))
+        count = min(positions, -(-wanted // self.passed))
         draws = torch.rand(len(self.images), positions, generator=self._generator)
         return draws.topk(count).indices + positions * torch.arange(len(self.images))[:, None]
 
