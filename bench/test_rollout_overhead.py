@@ -15,7 +15,7 @@ from n2n_fast.student import slots_of
 NETS = ["resnet18", "resnet34", "resnet50", "vgg16_bn", "mobilenet_v2"]
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ROLLOUTS = 5  # of an update, drawn in one pass of the policy
-IMAGES = 256
+IMAGES = 512
 
 
 class Setting:
