@@ -1,4 +1,4 @@
-"""Builds ``n2n_fast._C`` by driving CMake and Ninja; torch is neither imported nor needed.
+"""Builds ``n2n_fast.native._C`` by driving CMake and Ninja; torch is neither imported nor needed.
 
 ``N2N_FAST_CUDA`` (environment): ``AUTO`` (default: CUDA where CMake finds a CUDA compiler), ``ON`` or ``OFF``.
 ``CMAKE_ARGS`` (environment): further arguments for CMake, separated by spaces.
@@ -56,4 +56,4 @@ class CMakeBuild(build_ext):
                 raise SystemExit(NOT_BUILT)
 
 
-setup(ext_modules=[Extension("n2n_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension("n2n_fast.native._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 import n2n_fast
-from n2n_fast import teacher
-from n2n_fast.batches import Batches, TeacherLogits
-from n2n_fast.data import accuracy
-from n2n_fast.distill import fit, recalibrate
+from n2n_fast.training import teachers
+from n2n_fast.training.batches import Batches, TeacherLogits
+from n2n_fast.training.data import accuracy
+from n2n_fast.training.distill import fit, recalibrate
 
 INITS = ("sliced", "fitted")
 STEPS = (0, 20, 50)
@@ -94,8 +94,8 @@ def main():
     parser.add_argument("--trained-seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "calibration")
     options = parser.parse_args()
-    model = teacher.load_teacher(options.teacher)
-    data = n2n_fast.load(options.data, channels=teacher.input_channels(model))
+    model = teachers.load_teacher(options.teacher)
+    data = n2n_fast.load(options.data, channels=teachers.input_channels(model))
     keys = [(sliced, steps) for sliced in (False, True) for steps in STEPS if steps]
     rates = dict(zip(keys, options.rates, strict=True))
     rows = {}

@@ -17,18 +17,19 @@ import torch
 from calibration import BATCH, IMAGES, trainings, without_firsts
 
 import n2n_fast
-from n2n_fast import calibration, teacher
-from n2n_fast.batches import TeacherLogits
-from n2n_fast.data import accuracy
-from n2n_fast.distill import Diverged, fit, recalibrate
+from n2n_fast.networks import fitting
+from n2n_fast.training import teachers
+from n2n_fast.training.batches import TeacherLogits
+from n2n_fast.training.data import accuracy
+from n2n_fast.training.distill import Diverged, fit, recalibrate
 
 
 class Bench:
     """One teacher, its data, and the students that every study looks at."""
 
     def __init__(self, path, spec, seeds):
-        self.model = teacher.load_teacher(path)
-        self.data = n2n_fast.load(spec, channels=teacher.input_channels(self.model))
+        self.model = teachers.load_teacher(path)
+        self.data = n2n_fast.load(spec, channels=teachers.input_channels(self.model))
         self.validation = self.data.validation.subset(torch.arange(2000))
         self.seeds = range(seeds)
         self.accuracy = accuracy(self.model, self.validation)
@@ -73,14 +74,14 @@ class Bench:
 @contextlib.contextmanager
 def constants(**values):
     """The calibration module with other constants for a while."""
-    before = {name: getattr(calibration, name) for name in values}
+    before = {name: getattr(fitting, name) for name in values}
     try:
         for name, value in values.items():
-            setattr(calibration, name, value)
+            setattr(fitting, name, value)
         yield
     finally:
         for name, value in before.items():
-            setattr(calibration, name, value)
+            setattr(fitting, name, value)
 
 
 def images_study(bench):

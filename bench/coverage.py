@@ -23,8 +23,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from n2n_fast import ArchitectureSpace
-from n2n_fast.errors import DegenerateArchitecture
-from n2n_fast.student import slots_of
+from n2n_fast.files.errors import DegenerateArchitecture
+from n2n_fast.networks.student import slots_of
 
 DRAWS = 20
 SIZES = {"inception_v3": 80, "maxvit_t": 224, "vit_h_14": 56}

@@ -28,7 +28,7 @@ from gpu_times import both_us, device_ms, finished_ms
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ("n2n_fast", "csrc", "CMakeLists.txt", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
-COMMAND = (sys.executable, "-c", "from n2n_fast.cli import main; main()")  # n2n-fast of the build
+COMMAND = (sys.executable, "-c", "from n2n_fast.cli.main import main; main()")  # n2n-fast of the build
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 DRIVER = ("bench/gpu_driver.cu", *(f"csrc/{name}" for name in ("kd_loss.cu", "materialize.cu", "materialize.cpp")))
 STAGES = {}

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 import n2n_fast
-from n2n_fast import SearchConfig, teacher
-from n2n_fast.data import accuracy
-from n2n_fast.distill import fit, seeded
-from n2n_fast.evaluation import NOT_FINITE, Recipe
+from n2n_fast import SearchConfig
+from n2n_fast.search.evaluation import NOT_FINITE, Recipe
+from n2n_fast.training import teachers
+from n2n_fast.training.data import accuracy
+from n2n_fast.training.distill import fit, seeded
 
 PIXELS = 32
 SMALLER = 50
@@ -62,21 +63,21 @@ def teacher_file(run):
     file = run.work / "teacher.pt"
     if not file.exists():
         data = images_of(run)
-        model = teacher.create("resnet18", data.classes, 3, PIXELS).to(run.device)
+        model = teachers.create("resnet18", data.classes, 3, PIXELS).to(run.device)
         epochs = in_epochs(run, {"epochs": run.size.teacher_steps})
-        teacher.train_teacher(model, data, **epochs, batch_size=run.size.batch_size)
+        teachers.train_teacher(model, data, **epochs, batch_size=run.size.batch_size)
         torch.save({name: value.cpu() for name, value in model.state_dict().items()}, file)
     return file
 
 
 def params_of(file):
-    return sum(p.numel() for p in teacher.load_teacher(file).parameters())
+    return sum(p.numel() for p in teachers.load_teacher(file).parameters())
 
 
 def evaluator_of(run):
     """What evaluates students of the teacher's whole space."""
     data = images_of(run)
-    model = teacher.load_teacher(teacher_file(run)).eval().to(run.device)
+    model = teachers.load_teacher(teacher_file(run)).eval().to(run.device)
     config = SearchConfig(**run.size.search)
     index = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: config.calibration_images]
     return Recipe("shrinkage", model, data, data.train.batch(index.to(run.device))[0], config)()

@@ -15,7 +15,7 @@ import torch
 import torchvision
 
 from n2n_fast import ArchitectureSpace, kd_loss
-from n2n_fast.distill import recalibrate
+from n2n_fast.training.distill import recalibrate
 
 WAYS = {  # whether a student is trained, and the environment
     "built": ("", {}),

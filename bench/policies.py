@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from n2n_fast import SearchConfig, SearchProgress, compress, load
-from n2n_fast import teacher as teachers
-from n2n_fast.config import STAGES
-from n2n_fast.reward import DEGENERATE
+from n2n_fast.search.config import STAGES
+from n2n_fast.search.reward import DEGENERATE
+from n2n_fast.training import teachers
 
 SEEDS = 3
 ROLLOUTS = 150

@@ -19,9 +19,9 @@ import torch
 
 import n2n_fast
 from n2n_fast import SearchConfig
-from n2n_fast import teacher as teachers
-from n2n_fast.evaluation import Recipe
-from n2n_fast.workers import RayEngine, Workers
+from n2n_fast.search.evaluation import Recipe
+from n2n_fast.search.workers import RayEngine, Workers
+from n2n_fast.training import teachers
 
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "scaling.json"

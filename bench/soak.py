@@ -15,7 +15,7 @@ from pathlib import Path
 
 import n2n_fast
 from n2n_fast import SearchConfig, SearchProgress
-from n2n_fast import teacher as teachers
+from n2n_fast.training import teachers
 
 OUT = Path(__file__).parent / "results" / "soak.json"
 EVERY = 100

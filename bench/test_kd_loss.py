@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import n2n_fast
-from n2n_fast import ops
+from n2n_fast import native
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 SIZES = [(128, 10), (512, 100), (512, 1000), (256, 21000)]
@@ -72,7 +72,7 @@ def relative_errors(sizes, device):
         logits, teacher, labels = arguments(size, device)
         logits, teacher = logits.to(dtype), teacher.to(dtype)
         loss, grad, correct = n2n_fast.kd_loss_and_grad(logits, teacher, labels, KD_WEIGHT)
-        exact = ops.kd_loss_and_grad_reference(logits.double(), teacher.double(), labels, KD_WEIGHT)
+        exact = native.kd_loss_and_grad_reference(logits.double(), teacher.double(), labels, KD_WEIGHT)
         torch.testing.assert_close(loss.double(), exact[0], rtol=1e-5, atol=0)
         assert int(correct) == int(exact[2]), (size, dtype)
         errors[f"{size} {dtype}"] = error = float((grad.double() - exact[1]).norm() / exact[1].norm())

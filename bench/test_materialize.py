@@ -5,8 +5,8 @@ import pytest
 import torch
 import torchvision
 
-from n2n_fast import ArchitectureSpace, ops
-from n2n_fast.student import slots_of
+from n2n_fast import ArchitectureSpace, native
+from n2n_fast.networks.student import slots_of
 
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 WAYS = ["n2n_fast", "n2n_fast, described anew", "index_select", "memcpy"]
@@ -31,9 +31,9 @@ class Cut:
         self.rows = [index[slot.rows] for slot in slots]
         self.columns = [None if slot.columns is None else index[slot.columns] for slot in slots]
         self.weights = [slot.tensor for slot in slots]
-        self.bank = ops.WeightBank(self.weights, [slot.rows for slot in slots], [slot.columns for slot in slots])
+        self.bank = native.WeightBank(self.weights, [slot.rows for slot in slots], [slot.columns for slot in slots])
         self.on_device = [[None if i is None else i.to(device) for i in side] for side in (self.rows, self.columns)]
-        self.out = torch.empty(ops.materialize_numel(self.weights, self.rows, self.columns), device=device)
+        self.out = torch.empty(native.materialize_numel(self.weights, self.rows, self.columns), device=device)
         self.source = torch.randn(len(self.out), device=device)
 
     def call(self, way):
@@ -41,7 +41,7 @@ class Cut:
         if way == "n2n_fast":
             return self.bank.materialize(np.arange(len(self.weights)), self.kept, out=self.out)
         if way == "n2n_fast, described anew":
-            return ops.materialize(self.weights, self.rows, self.columns, None, self.out)
+            return native.materialize(self.weights, self.rows, self.columns, None, self.out)
         return self.by_index_select() if way == "index_select" else self.out.copy_(self.source)
 
     def by_index_select(self):

@@ -8,9 +8,9 @@ import torchvision
 from torch import nn
 
 from n2n_fast import ArchitectureSpace
-from n2n_fast.distill import recalibrate
-from n2n_fast.policies import ShrinkagePolicy
-from n2n_fast.student import slots_of
+from n2n_fast.networks.student import slots_of
+from n2n_fast.search.policies import ShrinkagePolicy
+from n2n_fast.training.distill import recalibrate
 
 NETS = ["resnet18", "resnet34", "resnet50", "vgg16_bn", "mobilenet_v2"]
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

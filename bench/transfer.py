@@ -15,8 +15,8 @@ import torch
 from policies import LAST, SEEDS, config_of, rewards, shown
 
 from n2n_fast import load
-from n2n_fast import teacher as teachers
-from n2n_fast.config import STAGES
+from n2n_fast.search.config import STAGES
+from n2n_fast.training import teachers
 
 OUT = Path(__file__).parent / "results" / "transfer.json"
 FIRST = 25

@@ -1,5 +1,5 @@
-// The module n2n_fast._C: integers, floats and tables of int64 come in; addresses are trusted, having been checked by
-// n2n_fast/ops.py. The only file that knows pybind11.
+// The module n2n_fast.native._C: integers, floats and tables of int64 come in; addresses are trusted, having been checked by
+// n2n_fast/native. The only file that knows pybind11.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -109,7 +109,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native kernels of n2n_fast. Addresses are trusted: call them through n2n_fast.ops.";
+  m.doc() = "Native kernels of n2n_fast. Addresses are trusted: call them through n2n_fast.native.";
   m.attr("BEST_SIMD") = static_cast<int>(n2n::best_simd());
   m.attr("KD_LOSS_WORKSPACE_WORDS") = n2n::kd_loss_workspace_words;
   m.def("build_info", &build_info);

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from n2n_fast import SearchConfig, compress, from_tensors
-from n2n_fast.batches import Batches
-from n2n_fast.distill import fit, seeded
-from n2n_fast.teacher import SmallResNet
+from n2n_fast.training.batches import Batches
+from n2n_fast.training.distill import fit, seeded
+from n2n_fast.training.teachers import SmallResNet
 
 SMALL = SearchConfig(
     updates=3,

@@ -548,12 +548,12 @@ def copy_run(run: Path, place: Path, files: Files) -> Path:
 
 
 def main() -> None:
-    from n2n_fast import cli
+    from n2n_fast.cli import main
 
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     for command in json.load(sys.stdin):
-        print(json.dumps(_suffered(cli.main, command)), flush=True)
+        print(json.dumps(_suffered(main.main, command)), flush=True)
 
 
 def _suffered(run: Callable[[], None], command: list[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import torchvision.models
 from torch import Tensor, nn
 
-from n2n_fast.space import ArchitectureSpace
+from n2n_fast.networks.space import ArchitectureSpace
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> list[nn.Module]:

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 import n2n_fast
-from n2n_fast.batches import Batches
-from n2n_fast.data import ImageData
-from n2n_fast.distill import fit, seeded
-from n2n_fast.teacher import SmallResNet
+from n2n_fast.training.batches import Batches
+from n2n_fast.training.data import ImageData
+from n2n_fast.training.distill import fit, seeded
+from n2n_fast.training.teachers import SmallResNet
 
 TINY = n2n_fast.SearchConfig(
     updates=2,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from n2n_fast.data import ImageData, Split, from_tensors
+from n2n_fast.training.data import ImageData, Split, from_tensors
 
 
 def images(count: int, channels: int = 3, size: int = 8) -> Tensor:

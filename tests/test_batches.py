@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from n2n_fast.batches import Batches, Schedule, TeacherLogits
-from n2n_fast.data import Augmentation, Split
+from n2n_fast.training.batches import Batches, Schedule, TeacherLogits
+from n2n_fast.training.data import Augmentation, Split
 from small_sets import make
 
 

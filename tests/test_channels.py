@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import networks
-from n2n_fast.errors import DegenerateArchitecture
-from n2n_fast.space import ArchitectureSpace
-from n2n_fast.student import slots_of
+from n2n_fast.files.errors import DegenerateArchitecture
+from n2n_fast.networks.space import ArchitectureSpace
+from n2n_fast.networks.student import slots_of
 from networks import Tail, chain, images, settle
 from written import WRITTEN, conv
 

@@ -16,8 +16,11 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from n2n_fast import ops
-from test_ops import DTYPES, Index, assert_results, by_indexing, logits, plan
+from n2n_fast import native
+from n2n_fast.native.boundary import DTYPE_CODES
+from n2n_fast.native.kd_loss import _loss_dtype
+from n2n_fast.native.materialize import KernelSize, _check_materialize, _host_index, _table, _views
+from test_native import DTYPES, Index, assert_results, by_indexing, logits, plan
 
 HERE = Path(__file__).resolve().parent / "cuda_on_cpu"
 CSRC = HERE.parents[1] / "csrc"
@@ -64,14 +67,14 @@ class Kernels:
         self, student: Tensor, teacher: Tensor, labels: Tensor, kd_weight: float, with_grad: bool = True
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         (loss, loss_guard), (correct, correct_guard) = (
-            guarded((), ops._loss_dtype(student.dtype)),
+            guarded((), _loss_dtype(student.dtype)),
             guarded((), torch.int64),
         )
         grad, grad_guard = guarded(tuple(student.shape), student.dtype)
         workspace, workspace_guard = guarded((self.library.kd_loss_workspace_words(),), torch.int64)
         inputs = (student.contiguous(), teacher.contiguous(), labels.contiguous())
         outputs = (grad if with_grad else None, loss, correct, workspace)
-        self.call("kd_loss", ops._DTYPE_CODES[student.dtype], *student.shape, *inputs, kd_weight, *outputs)
+        self.call("kd_loss", DTYPE_CODES[student.dtype], *student.shape, *inputs, kd_weight, *outputs)
         for guard in (loss_guard, correct_guard, grad_guard, workspace_guard):
             guard()
         return loss, grad if with_grad else None, correct
@@ -81,13 +84,13 @@ class Kernels:
         weights: Sequence[Tensor],
         keep_out: Sequence[Index],
         keep_in: Sequence[Index],
-        kernels: Sequence[ops.KernelSize],
+        kernels: Sequence[KernelSize],
         spare: int = 0,
     ) -> list[Tensor]:
-        layout = ops._check_materialize(weights, keep_out, keep_in, kernels)
+        layout = _check_materialize(weights, keep_out, keep_in, kernels)
         weights = [w.contiguous() for w in weights]
-        rows, columns = [ops._host_index(i) for i in keep_out], [ops._host_index(i) for i in keep_in]
-        table = ops._table(weights, rows, columns, layout)
+        rows, columns = [_host_index(i) for i in keep_out], [_host_index(i) for i in keep_in]
+        table = _table(weights, rows, columns, layout)
         flat, guard = guarded((layout.numel + spare,), weights[0].dtype)
         packed, packed_guard = guarded((self.library.materialize_pack_words(as_c(table), len(weights)),), torch.int64)
         blocks = torch.zeros((), dtype=torch.int64)
@@ -97,7 +100,7 @@ class Kernels:
         self.call("materialize", packed, len(weights), int(blocks), size, flat)
         guard()
         assert not flat[layout.numel :].any()
-        return [view.clone() for view in ops._views(flat, layout)]
+        return [view.clone() for view in _views(flat, layout)]
 
 
 def as_c(value: object) -> object:
@@ -154,7 +157,7 @@ SHAPES = [(1, 1), (9, 10), (5, 32), (6, 33), (3, 128), (5, 129), (3, 1024), (2, 
 def test_the_loss_of_every_path_and_dtype(kernels, shape, dtype, rtol, atol):
     student, teacher, labels = logits(*shape, dtype)
     loss, grad, correct = kernels.kd_loss(student, teacher, labels, 0.3)
-    wanted = ops.kd_loss_and_grad_reference(student, teacher, labels, 0.3)
+    wanted = native.kd_loss_and_grad_reference(student, teacher, labels, 0.3)
     torch.testing.assert_close(loss, wanted[0], rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
     torch.testing.assert_close(grad, wanted[1], rtol=rtol, atol=atol)
     assert correct.item() == wanted[2].item()
@@ -173,7 +176,7 @@ def test_the_loss_is_the_same_in_any_order_of_threads(kernels, schedule, shape):
 def test_more_rows_than_blocks(kernels):
     student, teacher, labels = logits(4 * 1024 + 7, 3)
     loss, grad, correct = kernels.kd_loss(student, teacher, labels, 0.3)
-    wanted = ops.kd_loss_and_grad_reference(student, teacher, labels, 0.3)
+    wanted = native.kd_loss_and_grad_reference(student, teacher, labels, 0.3)
     torch.testing.assert_close(loss, wanted[0])
     torch.testing.assert_close(grad, wanted[1])
     assert correct.item() == wanted[2].item()
@@ -184,8 +187,8 @@ def test_the_loss_alone(kernels, shape):
     student, teacher, labels = logits(*shape)
     loss, grad, correct = kernels.kd_loss(student, teacher, labels, 0.3, with_grad=False)
     assert grad is None
-    torch.testing.assert_close(loss, ops.kd_loss_reference(student, teacher, labels, 0.3))
-    assert correct.item() == ops.kd_loss_and_grad_reference(student, teacher, labels, 0.3)[2].item()
+    torch.testing.assert_close(loss, native.kd_loss_reference(student, teacher, labels, 0.3))
+    assert correct.item() == native.kd_loss_and_grad_reference(student, teacher, labels, 0.3)[2].item()
 
 
 @pytest.mark.parametrize("classes", [10, 100, 1100, 4500])
@@ -194,7 +197,7 @@ def test_logits_that_are_not_finite(kernels, classes, bad):
     student, teacher, labels = logits(2, classes)
     student[1, classes // 2] = bad
     loss, grad, correct = kernels.kd_loss(student, teacher, labels, 0.0)
-    wanted = ops.kd_loss_and_grad_reference(student, teacher, labels, 0.0)
+    wanted = native.kd_loss_and_grad_reference(student, teacher, labels, 0.0)
     torch.testing.assert_close(loss, wanted[0], equal_nan=True, rtol=1e-5, atol=0)
     torch.testing.assert_close(grad[0], wanted[1][0])
     assert torch.equal(grad.isnan(), wanted[1].isnan())
@@ -231,7 +234,7 @@ def test_the_first_of_equal_logits_is_the_prediction(kernels, classes):
 @settings(max_examples=60, deadline=None)
 @given(arguments=plan())
 def test_materialize_is_indexing(kernels, arguments):
-    if arguments[0][0].dtype not in ops._DTYPE_CODES:
+    if arguments[0][0].dtype not in DTYPE_CODES:
         return
     assert_results(kernels.materialize(*arguments), [by_indexing(*one) for one in zip(*arguments, strict=True)])
 
@@ -280,7 +283,7 @@ def finds_something_wrong(kernels: Kernels) -> bool:
             kernels.library.set_schedule(schedule)
             for shape in ((2, 20), (3, 1100)):
                 arguments = (*logits(*shape), 0.3)
-                wanted = ops.kd_loss_and_grad_reference(*arguments)
+                wanted = native.kd_loss_and_grad_reference(*arguments)
                 torch.testing.assert_close(kernels.kd_loss(*arguments), wanted)
             results = kernels.materialize(weights, [None] * 2, [None] * 2, [(3, 3), None])
             assert_results(results, [weights[0][:, :, 1:4, 1:4], weights[1]])

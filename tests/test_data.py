@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from n2n_fast.data import Augmentation, Split, accuracy, from_tensors
-from n2n_fast.errors import BadInput, DegenerateArchitecture
+from n2n_fast.files.errors import BadInput, DegenerateArchitecture
+from n2n_fast.training.data import Augmentation, Split, accuracy, from_tensors
 from small_sets import identity, images, make, message
 
 # --- errors

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from n2n_fast.data import Augmentation
-from n2n_fast.datasets import load
-from n2n_fast.errors import BadInput
+from n2n_fast.files.errors import BadInput
+from n2n_fast.training.data import Augmentation
+from n2n_fast.training.datasets import load
 from small_sets import message
 
 RNG = np.random.default_rng(0)
@@ -159,7 +159,7 @@ def test_svhn(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_svhn_without_scipy_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("n2n_fast.datasets._importable", lambda module: False)
+    monkeypatch.setattr("n2n_fast.training.datasets._importable", lambda module: False)
     with pytest.raises(BadInput, match="pip install scipy"):
         load(f"svhn:{tmp_path}")
 
@@ -302,7 +302,7 @@ def test_bad_imagefolders_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(BadInput, match=r"3\.png cannot be decoded .*; remove or repair it") as error:
         load(f"imagefolder:{tmp_path / 'train'}")
     message(error)
-    monkeypatch.setattr("n2n_fast.datasets._memory_bytes", lambda: 10_000)
+    monkeypatch.setattr("n2n_fast.training.datasets._memory_bytes", lambda: 10_000)
     with pytest.raises(BadInput, match=r"GB are needed for the images but half of memory is 0\.0 GB"):
         load(f"imagefolder:{tmp_path / 'test'}")
 
@@ -405,7 +405,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: py
     path = tmp_path / "bomb.npz"
     np.savez_compressed(path, x=np.zeros((20, 1000, 1000), np.uint8), y=Y)
     assert path.stat().st_size < 100_000
-    monkeypatch.setattr("n2n_fast.datasets._memory_bytes", lambda: 30_000_000)
+    monkeypatch.setattr("n2n_fast.training.datasets._memory_bytes", lambda: 30_000_000)
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("unpacked"))
     with pytest.raises(BadInput, match=r"0\.0 GB are needed for the images but half of memory is 0\.0 GB"):
         load(f"npz:{path}")
@@ -421,7 +421,7 @@ def test_a_header_that_lies_is_refused(tmp_path: Path) -> None:
 
 
 def test_resizing_beyond_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("n2n_fast.datasets._memory_bytes", lambda: 10**9)
+    monkeypatch.setattr("n2n_fast.training.datasets._memory_bytes", lambda: 10**9)
     with pytest.raises(
         BadInput, match=r"digits: 1\.8 GB are needed .*half of memory is 0\.5 GB; use a smaller --image"
     ):

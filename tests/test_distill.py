@@ -11,10 +11,11 @@ import torchvision
 from torch import nn
 
 from counting import counted
-from n2n_fast import distill, ops
-from n2n_fast.batches import Batches
-from n2n_fast.data import from_tensors
-from n2n_fast.distill import Diverged, Progress, fit, latency_ms, recalibrate, seeded
+from n2n_fast import native
+from n2n_fast.training import distill
+from n2n_fast.training.batches import Batches
+from n2n_fast.training.data import from_tensors
+from n2n_fast.training.distill import Diverged, Progress, fit, latency_ms, recalibrate, seeded
 
 
 def separable(count=256, size=6):
@@ -169,13 +170,13 @@ def test_a_replayed_step_is_a_step():
 
 def test_the_loss_sees_logits_of_full_precision(monkeypatch):
     seen = []
-    whole = ops.kd_loss_and_grad
+    whole = native.kd_loss_and_grad
 
     def spy(logits, teacher, labels, weight):
         seen.append((logits.dtype, teacher.dtype))
         return whole(logits, teacher, labels, weight)
 
-    monkeypatch.setattr(ops, "kd_loss_and_grad", spy)
+    monkeypatch.setattr(native, "kd_loss_and_grad", spy)
     fit(network(), batches(separable(), network(1).eval(), 0.1), learning_rate=0.01, kd_weight=0.1, autocast=True)
     assert set(seen) == {(torch.float32, torch.float32)}
 
@@ -183,9 +184,9 @@ def test_the_loss_sees_logits_of_full_precision(monkeypatch):
 ODD_WIDTHS = """
 import torch
 from torch import nn
-from n2n_fast.batches import Batches
-from n2n_fast.data import from_tensors
-from n2n_fast.distill import fit
+from n2n_fast.training.batches import Batches
+from n2n_fast.training.data import from_tensors
+from n2n_fast.training.distill import fit
 torch.set_num_threads(2)
 images, labels = torch.randn(128, 3, 8, 8), torch.arange(128) % 2
 data = from_tensors("noise", (images, labels), seed=0)

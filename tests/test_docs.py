@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import n2n_fast
-from n2n_fast import cli, teacher
-from n2n_fast.data import ImageData
+from n2n_fast.cli import main
+from n2n_fast.training import teachers
+from n2n_fast.training.data import ImageData
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,7 +43,7 @@ def test_tests_and_benchmarks_are_run_with_the_installed_package(page: Path) -> 
 
 @pytest.mark.parametrize(("page", "words"), EVERY_COMMAND, ids=lambda value: str(value)[:60])
 def test_every_command_is_understood(page: str, words: list[str]) -> None:
-    group = cli.cli
+    group = main.cli
     context = group.make_context("n2n-fast", list(words))
     if words[0].startswith("-"):
         return
@@ -56,8 +57,8 @@ def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """What the README's blocks take for granted: a teacher, its data and some images; searches are cut short."""
     monkeypatch.chdir(tmp_path)
     data: ImageData = n2n_fast.load("digits", validation=0.2)
-    model = teacher.create("digits_resnet", data.classes, 1, seed=0)
-    teacher.train_teacher(model, data, epochs=3.0, seed=0)
+    model = teachers.create("digits_resnet", data.classes, 1, seed=0)
+    teachers.train_teacher(model, data, epochs=3.0, seed=0)
     short = {"updates": 1, "rollouts": 2, "anchors": 0, "stage_epochs": 0.2, "final_epochs": 0.5, "keep_top": 1}
     plain = n2n_fast.SearchConfig
     monkeypatch.setattr(n2n_fast, "SearchConfig", lambda **settings: plain(**{**settings, **short}))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from n2n_fast.errors import BadInput, DeviceFault, device_fault, raise_device_fault, telling_device_faults
+from n2n_fast.files.errors import BadInput, DeviceFault, device_fault, raise_device_fault, telling_device_faults
 
 NO_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB"),

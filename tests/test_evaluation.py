@@ -8,14 +8,15 @@ import torch
 
 import n2n_fast
 from elsewhere import ELSEWHERE, Fetching, tensors_of
-from n2n_fast import distill, evaluation
-from n2n_fast.batches import TeacherLogits
-from n2n_fast.config import SearchConfig
-from n2n_fast.data import accuracy
-from n2n_fast.distill import Diverged, seeded
-from n2n_fast.evaluation import Evaluation, Evaluator, Recipe
-from n2n_fast.space import ArchitectureSpace
-from n2n_fast.teacher import SmallResNet
+from n2n_fast.networks.space import ArchitectureSpace
+from n2n_fast.search import evaluation
+from n2n_fast.search.config import SearchConfig
+from n2n_fast.search.evaluation import Evaluation, Evaluator, Recipe
+from n2n_fast.training import distill
+from n2n_fast.training.batches import TeacherLogits
+from n2n_fast.training.data import accuracy
+from n2n_fast.training.distill import Diverged, seeded
+from n2n_fast.training.teachers import SmallResNet
 
 NAN = float("nan")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from n2n_fast import cli, export
-from n2n_fast.errors import BadInput
-from n2n_fast.export import fold_batch_norms
-from n2n_fast.result import load_student
+from n2n_fast.cli import export, main
+from n2n_fast.cli.export import fold_batch_norms
+from n2n_fast.files.errors import BadInput
+from n2n_fast.search.result import load_student
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_a_file_that_computes_something_else_is_not_kept(run, monkeypatch):
 def invoke(monkeypatch, capsys, *args):
     monkeypatch.setattr(sys, "argv", ["n2n-fast", "export", *map(str, args)])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     output = capsys.readouterr()
     return stop.value.code, output.out, output.err
 

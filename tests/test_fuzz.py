@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from n2n_fast import cli
-from n2n_fast.errors import BadInput
-from n2n_fast.graph import Architecture
-from n2n_fast.run_directory import RunDirectory
+from n2n_fast.cli import main
+from n2n_fast.files.errors import BadInput
+from n2n_fast.networks.graph import Architecture
+from n2n_fast.search.checkpoint import RunDirectory
 
 UNHURRIED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]  # a busy machine is no fault
 
@@ -122,7 +122,7 @@ def test_a_history_nested_deep_is_dropped(tmp_path):
 # Command lines
 
 OPTIONS = {
-    name: sorted({option for parameter in cli.cli.commands[name].params for option in parameter.opts if "-" in option})
+    name: sorted({option for parameter in main.cli.commands[name].params for option in parameter.opts if "-" in option})
     for name in ("run", "inspect", "evaluate", "teach")
 }
 VALUES = st.sampled_from(
@@ -153,7 +153,7 @@ def test_command_lines_never_end_in_a_traceback(monkeypatch, tmp_path, capsys, w
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["n2n-fast", *words])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     errors = capsys.readouterr().err
     assert stop.value.code in (0, 2, 3), errors
     assert stop.value.code == 0 or (errors.startswith("n2n-fast: ") and errors.count("\n") == 1), errors

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from torch.library import opcheck
 
 import n2n_fast
-from n2n_fast import ops
-from n2n_fast.batches import Batches, TeacherLogits
-from n2n_fast.distill import fit, seeded
-from n2n_fast.export import SUFFIXES, export
-from n2n_fast.result import load_student
-from n2n_fast.run_directory import Interrupted
-from n2n_fast.search import SearchProgress, compress
-from n2n_fast.teacher import SmallResNet
+from n2n_fast import native
+from n2n_fast.cli.export import SUFFIXES, export
+from n2n_fast.search.checkpoint import Interrupted
+from n2n_fast.search.reinforce import SearchProgress, compress
+from n2n_fast.search.result import load_student
+from n2n_fast.training.batches import Batches, TeacherLogits
+from n2n_fast.training.distill import fit, seeded
+from n2n_fast.training.teachers import SmallResNet
 from quarters import TINY, quarters, taught
-from test_ops import DTYPES, LOGIT_SHAPES, SMALL_PLAN, assert_results, logits, plan
+from test_native import DTYPES, LOGIT_SHAPES, SMALL_PLAN, assert_results, logits, plan
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
@@ -215,7 +215,7 @@ def recorded(call, device):
 
 def assert_loss(got, student, teacher, labels):
     """Of loss, gradient and count by a device; the other tensors on the CPU."""
-    for found, wanted in zip(got, ops.kd_loss_and_grad_reference(student, teacher, labels, 0.3), strict=True):
+    for found, wanted in zip(got, native.kd_loss_and_grad_reference(student, teacher, labels, 0.3), strict=True):
         torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -226,19 +226,21 @@ def test_operators_work_on_the_current_stream(device):
     weights, rows, columns, kernels = SMALL_PLAN
     weights_there = [weight.to(device) for weight in weights]
     with side_stream(device):  # on another stream the kernels would read what is not there yet
-        loss = ops.kd_loss_and_grad(there[0] * 2, there[1], there[2], 0.3)
+        loss = native.kd_loss_and_grad(there[0] * 2, there[1], there[2], 0.3)
         doubled = [weight * 2 for weight in weights_there]
-        cut = ops.materialize(doubled, rows, columns, kernels)
+        cut = native.materialize(doubled, rows, columns, kernels)
         if device == "cuda":
             torch.cuda.current_stream().synchronize()
     assert_loss(loss, student * 2, teacher, labels)
-    assert_results([part.cpu() for part in cut], ops.materialize([weight * 2 for weight in weights], *SMALL_PLAN[1:]))
+    assert_results(
+        [part.cpu() for part in cut], native.materialize([weight * 2 for weight in weights], *SMALL_PLAN[1:])
+    )
 
 
 @on_both
 def test_the_loss_is_replayed_on_new_inputs(device):
     static = [tensor.to(device) for tensor in logits(64, 100)]
-    replay = recorded(lambda: ops.kd_loss_and_grad(*static, 0.3), device)
+    replay = recorded(lambda: native.kd_loss_and_grad(*static, 0.3), device)
     for seed in (1, 2):
         fresh = logits(64, 100, seed=seed)
         for tensor, new in zip(static, fresh, strict=True):
@@ -263,10 +265,10 @@ def test_the_loss_under_inductor(device):
     student, teacher, labels = logits(64, 100)
     there = [tensor.to(device) for tensor in (student, teacher, labels)]
     there[0].requires_grad_()
-    compiled = torch.compile(lambda s, t, y: ops.kd_loss(s * 2, t, y, 0.3), fullgraph=True)
+    compiled = torch.compile(lambda s, t, y: native.kd_loss(s * 2, t, y, 0.3), fullgraph=True)
     loss = compiled(*there)
     loss.backward()
-    wanted, grad, _ = ops.kd_loss_and_grad_reference(student * 2, teacher, labels, 0.3)
+    wanted, grad, _ = native.kd_loss_and_grad_reference(student * 2, teacher, labels, 0.3)
     torch.testing.assert_close(loss.detach().cpu(), wanted, rtol=1e-5, atol=0)
     torch.testing.assert_close(there[0].grad.cpu(), 2 * grad, rtol=1e-5, atol=1e-6)
 
@@ -277,18 +279,18 @@ def test_the_loss_under_inductor(device):
 def test_the_loss_is_that_of_the_cpu(shape, dtype, rtol, atol, device):
     student, teacher, labels = logits(*shape, dtype)
     there = [tensor.to(device) for tensor in (student, teacher, labels)]
-    loss, grad, correct = ops.kd_loss_and_grad(*there, 0.3)
-    wanted = ops.kd_loss_and_grad(student, teacher, labels, 0.3)
+    loss, grad, correct = native.kd_loss_and_grad(*there, 0.3)
+    wanted = native.kd_loss_and_grad(student, teacher, labels, 0.3)
     torch.testing.assert_close(loss.cpu(), wanted[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(grad.cpu(), wanted[1], rtol=rtol, atol=atol)
     assert correct.item() == wanted[2].item()
-    assert torch.equal(ops.kd_loss_and_grad(*there, 0.3)[0], loss)
+    assert torch.equal(native.kd_loss_and_grad(*there, 0.3)[0], loss)
 
 
 @on_gpu
 def test_a_label_out_of_range_gives_nan(device):
     student, teacher, _ = logits(3, 4)
-    assert ops.kd_loss(student.to(device), teacher.to(device), torch.tensor([0, 4, 1], device=device), 0.5).isnan()
+    assert native.kd_loss(student.to(device), teacher.to(device), torch.tensor([0, 4, 1], device=device), 0.5).isnan()
 
 
 @on_gpu
@@ -296,7 +298,7 @@ def test_a_label_out_of_range_gives_nan(device):
 @given(plan())
 def test_weights_are_cut_as_on_the_cpu(device, arguments):
     weights, keep_out, keep_in, kernels = arguments
-    results = ops.materialize([weight.to(device) for weight in weights], keep_out, keep_in, kernels)
-    assert_results([part.cpu() for part in results], ops.materialize(*arguments))
+    results = native.materialize([weight.to(device) for weight in weights], keep_out, keep_in, kernels)
+    assert_results([part.cpu() for part in results], native.materialize(*arguments))
     with pytest.raises(ValueError, match="out of range"):
-        ops.materialize([torch.randn(3, device=device)], [torch.tensor([3])], [None])
+        native.materialize([torch.randn(3, device=device)], [torch.tensor([3])], [None])

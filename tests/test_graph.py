@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from n2n_fast import trials
-from n2n_fast.errors import BadInput, DegenerateArchitecture, DeviceFault
-from n2n_fast.graph import KINDS, Architecture, Layer, crop, smallest_kernel
-from n2n_fast.space import ArchitectureSpace
+from n2n_fast.files.errors import BadInput, DegenerateArchitecture, DeviceFault
+from n2n_fast.networks import trials
+from n2n_fast.networks.graph import KINDS, Architecture, Layer, crop, smallest_kernel
+from n2n_fast.networks.space import ArchitectureSpace
 from networks import Branching, Gate, NotUnderstood, Tail, images, ratios, settle, space_of, teacher_of, without
 
 

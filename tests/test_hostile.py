@@ -12,9 +12,9 @@ import torch
 
 import hostile
 import n2n_fast
-from n2n_fast import cli
-from n2n_fast.distill import seeded
-from n2n_fast.teacher import create, load_state_dict_file, train_teacher
+from n2n_fast.cli import main
+from n2n_fast.training.distill import seeded
+from n2n_fast.training.teachers import create, load_state_dict_file, train_teacher
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures by /proc")
 SECONDS, BYTES = 10, 2 << 30
@@ -41,7 +41,7 @@ def run(*arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["n2n-fast", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main.main()
     return stop.value.code
 
 
@@ -56,7 +56,7 @@ def finished(place, teacher):
 def cut_off(place, teacher):
     """The directory of a run that was stopped in the training of stage 1's best student."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli._Bar, "stopping", lambda self: self._name.startswith("training the best") and self._done > 9)
+        patch.setattr(main._Bar, "stopping", lambda self: self._name.startswith("training the best") and self._done > 9)
         assert run("run", "--teacher", teacher, *CHEAP, *SHORT, "--out", place / "cut_off") == 130
     assert (place / "cut_off" / "training.pt").exists()
     return place / "cut_off"

@@ -6,9 +6,10 @@ import random
 
 import pytest
 
-from n2n_fast import SearchConfig, plan
-from n2n_fast.errors import DegenerateArchitecture
-from n2n_fast.transition import Transition
+from n2n_fast import SearchConfig
+from n2n_fast.files.errors import DegenerateArchitecture
+from n2n_fast.search import plan
+from n2n_fast.search.transition import Transition
 from networks import space_of
 from small_sets import make
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from n2n_fast.policies import LIKENESS, RemovalPolicy, ShrinkagePolicy, imitate
+from n2n_fast.search.policies import LIKENESS, RemovalPolicy, ShrinkagePolicy, imitate
 
 Policy = RemovalPolicy | ShrinkagePolicy
 FEATURES, LAYERS, RATIOS = 5, 6, 4

@@ -9,11 +9,11 @@ from dataclasses import asdict
 
 import pytest
 
-from n2n_fast import cli, report
-from n2n_fast.errors import BadInput
-from n2n_fast.pareto import front
-from n2n_fast.record import StageRecord, read_record
-from n2n_fast.result import load_student
+from n2n_fast.cli import main, report
+from n2n_fast.cli.record import StageRecord, read_record
+from n2n_fast.files.errors import BadInput
+from n2n_fast.search.pareto import front
+from n2n_fast.search.result import load_student
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_without_matplotlib(run, without, monkeypatch, capsys):
     without("matplotlib")
     monkeypatch.setattr(sys, "argv", ["n2n-fast", "report", str(run)])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     err = capsys.readouterr().err
     assert (stop.value.code, err.count("\n")) == (2, 1)
     assert "pip install 'n2n_fast[plot]'" in err

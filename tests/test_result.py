@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from elsewhere import ELSEWHERE, Fetching, tensors_of
-from n2n_fast import SearchConfig, result
-from n2n_fast.errors import DeviceFault
-from n2n_fast.reward import Constraints
-from n2n_fast.run_directory import RunDirectory
-from n2n_fast.search import SearchProgress
-from n2n_fast.space import ArchitectureSpace
-from n2n_fast.teacher import SmallResNet
+from n2n_fast import SearchConfig
+from n2n_fast.files.errors import DeviceFault
+from n2n_fast.networks.space import ArchitectureSpace
+from n2n_fast.search import result
+from n2n_fast.search.checkpoint import RunDirectory
+from n2n_fast.search.reinforce import SearchProgress
+from n2n_fast.search.reward import Constraints
+from n2n_fast.training.teachers import SmallResNet
 from quarters import quarters
 
 MEASURED = {"params": 2, "macs": 2, "validation_accuracy": 0.5}

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from n2n_fast.reward import ANNEALING_UPDATES, DEGENERATE, Constraints, Cost, reward
+from n2n_fast.search.reward import ANNEALING_UPDATES, DEGENERATE, Constraints, Cost, reward
 
 FRACTION = st.floats(0.01, 1)
 

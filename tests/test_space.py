@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from n2n_fast import ops
-from n2n_fast.errors import DegenerateArchitecture
-from n2n_fast.graph import Architecture
-from n2n_fast.space import ArchitectureSpace
-from n2n_fast.student import StudentFactory
+from n2n_fast import native
+from n2n_fast.files.errors import DegenerateArchitecture
+from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.space import ArchitectureSpace
+from n2n_fast.networks.student import StudentFactory
 from networks import LARGE, SMALL, images, make, position, ratios, settle, space_of, teacher_of, without
 
 SEEDS = st.integers(0, 10**9)
@@ -225,7 +225,7 @@ def test_widths_that_cannot_meet_are_degenerate_before_anything_is_built(monkeyp
         raise AssertionError("something was built")
 
     monkeypatch.setattr(StudentFactory, "build", built)
-    monkeypatch.setattr(ops, "materialize", built)
+    monkeypatch.setattr(native, "materialize", built)
     arch = space.shrink(space.teacher, ratios(space, _3=0.2))
     with pytest.raises(DegenerateArchitecture) as caught:  # 30 outputs are not even one channel of 64 positions
         space.remove(arch, without(space, "3"))

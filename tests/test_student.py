@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from n2n_fast.space import ArchitectureSpace
-from n2n_fast.student import independent_copy
+from n2n_fast.networks.space import ArchitectureSpace
+from n2n_fast.networks.student import independent_copy
 from networks import (
     LARGE,
     SMALL,

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from n2n_fast.errors import DegenerateArchitecture
-from n2n_fast.space import ArchitectureSpace
-from n2n_fast.student import slots_of
+from n2n_fast.files.errors import DegenerateArchitecture
+from n2n_fast.networks.space import ArchitectureSpace
+from n2n_fast.networks.student import slots_of
 from networks import settle
 
 FAMILIES = {

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from n2n_fast import SearchConfig, Workers, compress, from_tensors
-from n2n_fast.batches import Batches
-from n2n_fast.distill import fit, seeded
-from n2n_fast.errors import BadInput, DeviceFault
-from n2n_fast.evaluation import Evaluation
-from n2n_fast.search import SearchProgress
-from n2n_fast.teacher import SmallResNet
-from n2n_fast.workers import TRIES, Here, RayEngine, evaluated, gpu_share
+from n2n_fast.files.errors import BadInput, DeviceFault
+from n2n_fast.search.evaluation import Evaluation
+from n2n_fast.search.reinforce import SearchProgress
+from n2n_fast.search.workers import TRIES, Here, RayEngine, evaluated, gpu_share
+from n2n_fast.training.batches import Batches
+from n2n_fast.training.distill import fit, seeded
+from n2n_fast.training.teachers import SmallResNet
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed")

@@ -49,15 +49,16 @@ import torch
 from torch import nn
 
 import n2n_fast
-from n2n_fast import SearchConfig, teacher
-from n2n_fast.batches import Batches, TeacherLogits
-from n2n_fast.config import PAPER
-from n2n_fast.data import accuracy
-from n2n_fast.distill import fit, recalibrate, seeded
-from n2n_fast.errors import DegenerateArchitecture
-from n2n_fast.evaluation import Evaluator, restored
-from n2n_fast.graph import Architecture
-from n2n_fast.transition import Transition
+from n2n_fast import SearchConfig
+from n2n_fast.files.errors import DegenerateArchitecture
+from n2n_fast.networks.graph import Architecture
+from n2n_fast.search.config import PAPER
+from n2n_fast.search.evaluation import Evaluator, restored
+from n2n_fast.search.transition import Transition
+from n2n_fast.training import teachers
+from n2n_fast.training.batches import Batches, TeacherLogits
+from n2n_fast.training.data import accuracy
+from n2n_fast.training.distill import fit, recalibrate, seeded
 
 HERE = Path(__file__).parent / "results"
 WORK = Path("build") / "fashion_mnist"  # what is too large to keep
@@ -87,14 +88,14 @@ def images(directory, name):
 
 
 def teacher_file(name):
-    return (HERE if name == "B" else WORK) / f"{name}-teacher.pt"
+    return (HERE if name == "B" else WORK) / f"{name}-teachers.pt"
 
 
 def trained_teacher(directory, name):
     """The teacher, which its piece must have trained."""
     if not teacher_file(name).exists():
         teach(directory, name)
-    return teacher.load_teacher(teacher_file(name))
+    return teachers.load_teacher(teacher_file(name))
 
 
 @functools.cache
@@ -117,9 +118,9 @@ def calibrated(directory, name):
 
 def teach(directory, name):
     of, found = TEACHERS[name], images(directory, name)
-    model = teacher.create(of["arch"], found.classes, of["channels"], of["image_size"], seed=0)
+    model = teachers.create(of["arch"], found.classes, of["channels"], of["image_size"], seed=0)
     start = time.perf_counter()
-    teacher.train_teacher(model, found, epochs=of["epochs"], seed=0)
+    teachers.train_teacher(model, found, epochs=of["epochs"], seed=0)
     seconds = time.perf_counter() - start
     teacher_file(name).parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), teacher_file(name))

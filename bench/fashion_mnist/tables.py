@@ -7,8 +7,8 @@ import statistics
 import numpy as np
 from study import ANCHORS, HERE, SEEDS, SMALLER, STUDENTS, TILTS, need
 
-from n2n_fast.proxy import Anchor, ProxyMap
-from n2n_fast.reward import reward
+from n2n_fast.search.predictor import Anchor, ProxyMap
+from n2n_fast.search.reward import reward
 
 STEPS = (0, 20, 50)
 STAGES = ("removal", "shrinkage")

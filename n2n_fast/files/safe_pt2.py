@@ -1,0 +1,206 @@
+"""Students by torch.export, read without running code from their files.
+
+torch.export.load trusts what it reads: it unpickles without limits, resolves any name below `torch`, evaluates
+expressions and writes names into source that it compiles. A student is therefore made anew in memory, of those parts
+alone that were understood, before torch sees it.
+"""
+
+import io
+import json
+import logging
+import math
+import re
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from n2n_fast.files.errors import BadInput, first_line
+from n2n_fast.files.safe_load import WantsCode, check_archive, parse_json, tensors_in
+
+_NAME = re.compile(r"[\w.]*", re.ASCII)
+_TEXT = re.compile(r"[\w ,.>+-]{0,200}", re.ASCII)  # such as a padding mode or the equation of an einsum
+# Sizes of a batch, in torch's own way of writing or in sympy's. No powers: those of numbers can be endless.
+_EXPRESSION = re.compile(
+    r"(?:Symbol\('[su]\d+'|[su]\d+|-?\d{1,18}|Symbol|Integer|Add|Mul|FloorDiv|CeilDiv|CleanDiv|Mod|Max|Min"
+    r"|(?:positive|integer|nonnegative|evaluate)=(?:True|False)|\*(?!\*)|[-+/(), ]){1,64}"
+)
+_PAYLOAD = re.compile(r"(?:weight|tensor)_\d+")
+_PLAIN_OPERATORS = {
+    *(f"_operator.{name}" for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "getitem")),
+    *(f"_operator.{name}" for name in ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_")),
+    *(f"torch.sym_{name}" for name in ("int", "float", "max", "min", "not", "ite")),
+    *(f"math.{name}" for name in ("ceil", "floor", "trunc")),
+}
+_TREES = (None, "builtins.tuple", "builtins.list", "builtins.dict")
+_NOT_NEEDED: dict[str, Any] = {
+    "guards_code": [],
+    "metadata": {},
+    "torch_version": "",
+    "treespec_namedtuple_fields": {},
+}
+_REFUSED = ("as_graph", "as_custom_obj", "as_operator")
+_SMALL = 64  # bytes of a member that holds a version or a format
+
+
+def read_student(path: Path) -> nn.Module:
+    """The module of a student.pt2. Raises BadInput for a file that is none, or asks for more than a student needs."""
+    try:
+        content = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            check_archive(archive, len(content))
+            clean = _made_anew({name: archive.read(name) for name in archive.namelist()})
+        return _checked(_loaded(clean))
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except zipfile.BadZipFile:
+        raise BadInput(f"{path}: not a student, or a truncated one; run the search again") from None
+    except Exception as error:  # noqa: BLE001 - a damaged program can fail in any way that torch.export can
+        raise BadInput(f"{path}: not a readable student ({first_line(error)}); run the search again") from None
+
+
+def _loaded(content: bytes) -> nn.Module:
+    log = logging.getLogger("torch.export")
+    before = log.level
+    log.setLevel(logging.CRITICAL)  # it logs a traceback before it raises
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.load(io.BytesIO(content)).module()
+    finally:
+        log.setLevel(before)
+
+
+def _checked(student: nn.Module) -> nn.Module:
+    for name, value in student.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise BadInput(f"{name} holds NaN or infinite values; run the search again")
+    return student
+
+
+def _made_anew(members: dict[str, bytes]) -> bytes:
+    """An archive of the same student, of what `_member` understands."""
+    file = io.BytesIO()
+    sizes = {name.rpartition("/")[2]: len(content) for name, content in members.items()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, _member(name, content, sizes))
+    return file.getvalue()
+
+
+def _member(name: str, content: bytes, sizes: dict[str, int]) -> bytes:
+    """A member's content as torch may read it."""
+    last = name.rpartition("/")[2]
+    if name.endswith("models/model.json") or last == "serialized_exported_program.json":
+        return json.dumps(_program(parse_json(content))).encode()
+    if name.endswith(("model_weights_config.json", "model_constants_config.json")):
+        return json.dumps(_payloads(parse_json(content), sizes)).encode()
+    if name.endswith("sample_inputs/model.pt") or last == "serialized_example_inputs.pt":
+        tensors_in(content, last)
+        return b""  # the images that it was traced with, which nobody needs
+    if last in ("serialized_state_dict.pt", "serialized_constants.pt"):
+        return _saved(tensors_in(content, last))
+    if _PAYLOAD.fullmatch(last) or len(content) <= _SMALL:
+        return content
+    raise BadInput(f"holds {name[:60]!r}, which no student needs")
+
+
+def _saved(held: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(held, file)
+    return file.getvalue()
+
+
+def _payloads(config: Any, sizes: dict[str, int]) -> Any:
+    """The list of weights or constants, none of them pickled, none larger than its member."""
+    for name, payload in config["config"].items():
+        path, meta = payload["path_name"], payload["tensor_meta"]
+        if payload["use_pickle"] is not False or not _PAYLOAD.fullmatch(path):
+            raise WantsCode(f"its {name[:60]!r} is pickled, which could run code")
+        if math.prod(size["as_int"] for size in meta["sizes"]) > sizes.get(path, 0):
+            raise BadInput(f"its {name[:60]!r} declares more elements than the file holds; run the search again")
+    return _cleaned(config)
+
+
+def _program(program: Any) -> Any:
+    """A program without what is noted of its origin; WantsCode where it asks for more than operators on tensors."""
+    module = program["graph_module"]
+    calls = [entry for entry in module["module_call_graph"] if entry["fqn"] == ""]
+    return _cleaned({**program, "graph_module": {**module, "module_call_graph": calls}})
+
+
+def _cleaned(value: Any, key: str = "") -> Any:
+    """Every name and text of a JSON value checked; key: of the value."""
+    if isinstance(value, dict):
+        if refused := [name for name in value if name in _REFUSED or not _NAME.fullmatch(name)]:
+            raise WantsCode(f"has {refused[0][:60]!r} in its program, which could run code")
+        return {
+            name: _NOT_NEEDED[name] if name in _NOT_NEEDED else _cleaned(part, name) for name, part in value.items()
+        }
+    if isinstance(value, list):
+        return [_cleaned(part, key) for part in value]
+    if isinstance(value, str) and not _VALID.get(key, _is_name)(value):
+        raise WantsCode(f"has {value[:60]!r} as {key or 'a value'} in its program, which could run code")
+    return value
+
+
+def _is_name(text: str) -> bool:
+    return _NAME.fullmatch(text) is not None
+
+
+def _is_text(text: str) -> bool:
+    return _TEXT.fullmatch(text) is not None
+
+
+def _is_expression(text: str) -> bool:
+    return _EXPRESSION.fullmatch(text) is not None
+
+
+def _is_operator(name: str) -> bool:
+    """Whether it is arithmetic, or an ATen operator that has to do with tensors and not with files."""
+    if name in _PLAIN_OPERATORS:
+        return True
+    parts = name.split(".")
+    if parts[:3] != ["torch", "ops", "aten"] or len(parts) != 5 or not all(part.isidentifier() for part in parts):
+        return False
+    found = getattr(getattr(torch.ops.aten, parts[3], None), parts[4], None)
+    if not isinstance(found, torch._ops.OpOverload):
+        return False
+    types = [str(part.type) for part in (*found._schema.arguments, *found._schema.returns)]
+    names = [argument.name for argument in found._schema.arguments]
+    return any("Tensor" in kind for kind in types) and "filename" not in names
+
+
+def _is_tree(text: str) -> bool:
+    """Whether it describes nested tuples, lists and dictionaries."""
+    try:
+        _, left = parse_json(text)
+        trees = [left]
+        for tree in trees:
+            context = parse_json(tree["context"] or "null")
+            if tree["type"] not in _TREES or not _is_keys(context):
+                return False
+            trees.extend(tree["children_spec"])
+    except (ValueError, TypeError, KeyError):
+        return False
+    return True
+
+
+def _is_keys(context: Any) -> bool:
+    return context is None or (isinstance(context, list) and all(isinstance(k, str) and _is_name(k) for k in context))
+
+
+_VALID: dict[str, Callable[[str], bool]] = {
+    "target": _is_operator,
+    "expr_str": _is_expression,
+    "in_spec": _is_tree,
+    "out_spec": _is_tree,
+    "as_string": _is_text,
+    "as_strings": _is_text,
+}

@@ -1,0 +1,1 @@
+"""A teacher becomes a space of architectures, and an architecture a student."""

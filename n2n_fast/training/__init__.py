@@ -1,0 +1,1 @@
+"""A teacher, data, and one student's training."""

@@ -1,0 +1,306 @@
+"""Image data as tensors on the device: splits, their normalisation and augmentation, accuracy on them."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from n2n_fast.files.errors import BadInput
+from n2n_fast.training.seeds import generator
+
+VALIDATION_SHARE = 0.1
+VALIDATION_LIMIT = 5000
+TEST_SHARE = 0.2  # of a set that comes without a test split
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images on one device, normalised only when a batch is taken.
+
+    images: (N, C, H, W) uint8 in 0..255, or float32 taken as it is; labels: (N,) int64;
+    mean, std: (channels,) float32, of pixels in 0..1 where the images are uint8. Grey images (C = 1) with a mean of
+    three channels give batches of three equal channels before normalisation.
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        """Channels of a batch, which may be more than are stored."""
+        return max(self.images.shape[1], self.mean.numel())
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.images.shape[2], self.images.shape[3]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Stored images (n, C, H, W) -> float32 (n, channels, H, W) with the mean taken off, in units of std."""
+        unit = 255.0 if images.dtype == torch.uint8 else 1.0
+        scale = (1 / (unit * self.std)).view(-1, 1, 1)
+        shift = (self.mean / self.std).view(-1, 1, 1)
+        return images.float() * scale - shift
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """index: (n,) int64 -> normalised float32 images (n, channels, H, W), labels (n,)."""
+        return self.normalise(self.images[index]), self.labels[index]
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images in order, `batch_size` at a time, as `batch` gives them."""
+        for start in range(0, len(self), batch_size):
+            part = slice(start, start + batch_size)
+            yield self.normalise(self.images[part]), self.labels[part]
+
+    def subset(self, index: Tensor) -> "Split":
+        """The images at index (n,), in that order."""
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def to(self, device: torch.device | str) -> "Split":
+        """The same split on another device."""
+        return Split(*(tensor.to(device) for tensor in (self.images, self.labels, self.mean, self.std)))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random shift-crop and horizontal flip of a batch; crop: pixels of zero padding on each side."""
+
+    crop: int = 0
+    flip: bool = False
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """images: (n, C, H, W) of any dtype and device -> the same shape. `generator` lives on the CPU.
+
+        Drawing on the CPU makes the batches of a seed the same on every device.
+        """
+        return self.apply(images, self.draw(len(images), generator))
+
+    @property
+    def views(self) -> int:
+        """How many versions of an image are enough: both sides, and some places of the window."""
+        return 4 if self.crop else 2 if self.flip else 1
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Top, left and whether mirrored of `count` images, (3, count) int64."""
+        return torch.cat(
+            [
+                torch.randint(2 * self.crop + 1, (2, count), generator=generator),
+                torch.randint(2, (1, count), generator=generator),
+            ]
+        )
+
+    def apply(self, images: Tensor, draws: Tensor) -> Tensor:
+        """images: (n, C, H, W) as `draws`, (3, n), say."""
+        top, left, mirrored = draws.to(images.device)
+        if self.crop:
+            images = _crop(images, self.crop, top, left)
+        if self.flip:
+            images = torch.where(mirrored.bool().view(-1, 1, 1, 1), images.flip(-1), images)
+        return images
+
+
+def _crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
+    """Pad images (n, C, H, W) by zeros and cut a window of (H, W) at (top, left), each (n,), from every one."""
+    height, width = images.shape[2:]
+    padded = nn.functional.pad(images, (padding,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(len(images), device=images.device), :, top, left]
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set, its training data split once into train and validation; test is None where there is none."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split | None
+    classes: int
+    augmentation: Augmentation | None = None
+
+    def to(self, device: torch.device | str) -> "ImageData":
+        """The same data on another device."""
+        test = None if self.test is None else self.test.to(device)
+        return replace(self, train=self.train.to(device), validation=self.validation.to(device), test=test)
+
+
+def from_tensors(
+    name: str,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor] | None = None,
+    *,
+    classes: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    channels: int | None = None,
+    augmentation: Augmentation | None = None,
+    validation: float | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> ImageData:
+    """Check images (N, C, H, W; uint8 or float) with integer labels (N,) and split them by `seed`.
+
+    Without `test` a fifth of `train` becomes the test split before anything else. Without `mean` and `std` those of
+    uint8 images are measured, while float images are taken as already normalised. validation: a share below 1, or a
+    number of images; a tenth, at most 5,000, by default. Raises BadInput.
+    """
+    parts = [_checked(f"{name}, train", *train)]
+    if test is not None:
+        parts.append(_checked(f"{name}, test", *test))
+        if parts[0][0].shape[1:] != parts[1][0].shape[1:]:
+            shapes = " but ".join(str(tuple(images.shape[1:])) for images, _ in parts)
+            raise BadInput(f"{name}: train images are {shapes} in test (channels, height, width); make them equal")
+    classes = _check_classes(name, [labels for _, labels in parts], classes)
+    moments = _moments(name, parts[0][0], mean, std, channels)
+    whole = Split(*parts[0], *moments)
+    if test is None:
+        rest, kept = split_off(whole, max(1, round(TEST_SHARE * len(whole))), seed)
+    else:
+        rest, kept = whole, Split(*parts[1], *moments)
+    learn, held_out = split_off(rest, _validation_count(name, validation, len(rest)), seed + 1)
+    return ImageData(name, learn, held_out, kept, classes, augmentation).to(device)
+
+
+def _checked(name: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same images as uint8 or float32 and labels as int64, or BadInput."""
+    if images.ndim != 4:
+        raise BadInput(f"{name}: images have shape {tuple(images.shape)}; expected (N, C, H, W)")
+    if labels.ndim != 1:
+        raise BadInput(f"{name}: labels have shape {tuple(labels.shape)}; expected one integer for each image")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise BadInput(f"{name}: labels are {_name(labels.dtype)}; store them as integers 0..classes-1")
+    if len(images) != len(labels):
+        raise BadInput(f"{name}: {len(images)} images but {len(labels)} labels; each image needs one label")
+    if images.numel() == 0:
+        raise BadInput(f"{name}: no images, the shape is {tuple(images.shape)}; hand over at least two classes of them")
+    if images.dtype.is_floating_point:
+        images = images.float()
+        if not bool(images.isfinite().all()):
+            bad = int((~images.flatten(1).isfinite().all(1)).nonzero()[0])
+            raise BadInput(f"{name}: image {bad} holds NaN or infinite values; remove or repair it")
+    elif images.dtype != torch.uint8:
+        raise BadInput(f"{name}: images are {_name(images.dtype)}; store them as uint8 (0..255) or float32")
+    return images, labels.long()
+
+
+def _check_classes(name: str, labels: list[Tensor], classes: int | None) -> int:
+    """Number of classes, given or one more than the largest label; BadInput where the labels do not fit it."""
+    low = min(int(part.min()) for part in labels)
+    high = max(int(part.max()) for part in labels)
+    if low < 0:
+        raise BadInput(f"{name}: label {low} is negative; number the classes from 0")
+    if classes is None:
+        classes = high + 1
+        if classes > sum(len(part) for part in labels):
+            raise BadInput(f"{name}: label {high} is out of range, being no less than the number of images")
+    if high >= classes:
+        raise BadInput(f"{name}: label {high} is out of range for {classes} classes; number the classes from 0")
+    present = int((labels[0].bincount() > 0).sum())
+    if present < 2:
+        raise BadInput(f"{name}: {present} class in the training data; at least 2 are needed")
+    return classes
+
+
+def _moments(
+    name: str, images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int | None
+) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, each (channels of a batch,) float32, from what was given or from images (N, C, H, W)."""
+    stored = images.shape[1]
+    wanted = _batch_channels(name, stored, channels, mean, std)
+    if mean is None or std is None:
+        measured = _measure(images) if images.dtype == torch.uint8 else ([0.0] * stored, [1.0] * stored)
+        mean, std = mean or measured[0], std or measured[1]
+    for label, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, wanted):
+            raise BadInput(f"{name}: {label} has {len(values)} values for {wanted} channels; give 1 or {wanted}")
+        if not all(math.isfinite(value) for value in values) or (label == "std" and min(values) <= 0):
+            allowed = "positive numbers" if label == "std" else "finite numbers"
+            raise BadInput(f"{name}: {label} is {', '.join(map(str, values))}; give {allowed}")
+    return torch.tensor(mean).float().expand(wanted).clone(), torch.tensor(std).float().expand(wanted).clone()
+
+
+def _batch_channels(
+    name: str, stored: int, channels: int | None, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> int:
+    """Channels that batches shall have; only grey images can be given other than their own."""
+    if channels is None:
+        channels = 3 if stored == 1 and 3 in (len(mean or ()), len(std or ())) else stored
+    if channels != stored and (stored, channels) != (1, 3):
+        raise BadInput(
+            f"{name}: images have {stored} channels but {channels} are asked for; only grey images can be given"
+            f" other than their own, as 3; use a teacher with {stored} input channels"
+        )
+    return channels
+
+
+def _measure(images: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel of uint8 images (N, C, H, W), in 0..1, from exact integer histograms."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten().int(), minlength=256).double().cpu() / channel.numel()
+        centre = float((share * levels).sum())
+        means.append(centre)
+        deviations.append(max(float((share * (levels - centre) ** 2).sum()) ** 0.5, 1 / 255))
+    return means, deviations
+
+
+def _validation_count(name: str, validation: float | None, total: int) -> int:
+    """Images to hold out of `total` for validation."""
+    if total < 2:
+        raise BadInput(f"{name}: too few images to split, {total} is left for training and validation; add some")
+    if validation is None:
+        return max(1, min(round(VALIDATION_SHARE * total), VALIDATION_LIMIT))
+    count = round(validation * total) if 0 < validation < 1 else validation
+    if not 0 < count < total or count != int(count):
+        raise BadInput(
+            f"{name}: validation is {validation}; give a share between 0 and 1 or a number of the {total} images"
+        )
+    return int(count)
+
+
+def split_off(split: Split, count: int, seed: int) -> tuple[Split, Split]:
+    """Split at random into (the rest, `count` images), each class in proportion.
+
+    In a shuffled order sorted by class, every (N / count)-th image is taken.
+    """
+    shuffled = torch.randperm(len(split), generator=generator(seed))
+    labels = split.labels.cpu()
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    taken = (torch.arange(count, dtype=torch.float64).add(0.5) * (len(split) / count)).long()
+    chosen = torch.zeros(len(split), dtype=torch.bool)
+    chosen[by_class[taken]] = True
+    index = chosen.to(split.images.device)
+    return split.subset(~index), split.subset(index)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: Split, batch_size: int = 512, *, strict: bool = False) -> float:
+    """Share of `split` that `model` classifies rightly, in 0..1, in eval mode; the model's mode is put back.
+
+    An image whose logits are not all finite is not classified rightly; strict: such a one raises ArithmeticError.
+    """
+    training = model.training
+    model.eval()
+    correct, finite = torch.zeros(2, dtype=torch.int64, device=split.labels.device)
+    for images, labels in split.batches(batch_size):
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+        is_finite = logits.isfinite().all(1)
+        correct += ((logits.argmax(1) == labels) & is_finite).sum()
+        finite += is_finite.sum()
+    model.train(training)
+    if strict and int(finite) < len(split):
+        raise ArithmeticError(f"the logits of {len(split) - int(finite)} of {len(split)} images are not finite")
+    return int(correct) / len(split)
