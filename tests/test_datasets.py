@@ -72,10 +72,10 @@ def test_the_test_digits_do_not_depend_on_the_seed() -> None:
 
 
 def test_the_digits_file_is_small_and_scikit_learns() -> None:
-    file = resources.files("n2n_fast").joinpath("digits.npz")
+    file = resources.files("n2n_fast.training").joinpath("digits.npz")
     content = file.read_bytes()
     assert len(content) < 100_000
-    assert "CC BY 4.0" in resources.files("n2n_fast").joinpath("digits.txt").read_text()
+    assert "CC BY 4.0" in resources.files("n2n_fast.training").joinpath("digits.txt").read_text()
     sklearn = pytest.importorskip("sklearn.datasets")
     with resources.as_file(file) as path, np.load(path) as arrays:
         assert np.array_equal(arrays["images"], sklearn.load_digits().images)
