@@ -171,7 +171,7 @@ def _memory_bytes() -> int:
 
 def _read_digits(_: _Request) -> _Arrays:
     """Scikit-learn's digits, their levels 0..16 spread over 0..255."""
-    with resources.files("n2n_fast").joinpath("digits.npz").open("rb") as file:
+    with resources.files("n2n_fast.training").joinpath("digits.npz").open("rb") as file:
         arrays = np.load(io.BytesIO(file.read()), allow_pickle=False)
     levels = torch.from_numpy(arrays["images"]).float() * (255 / 16)
     return _Arrays((levels.round().byte().unsqueeze(1), torch.from_numpy(arrays["labels"]).long()), None, 10)
