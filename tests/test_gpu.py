@@ -37,16 +37,16 @@ def assert_near(got, wanted, tolerance=1e-3):
 
 @contextlib.contextmanager
 def tf32(allowed):
-    """TensorFloat-32, of ten bits, for all of torch."""
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [place.allow_tf32 for place in places]
-    try:
-        for place in places:
-            place.allow_tf32 = allowed
+    """TensorFloat-32, of ten bits, for all of torch, or for nothing."""
+    cudnn = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    try:  # this sets backends.cuda.matmul.allow_tf32 too, which alone does not put back what torch keeps besides
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        cudnn.allow_tf32 = allowed
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            place.allow_tf32 = value
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32 = before[1]
 
 
 # A search
