@@ -13,6 +13,7 @@ import torch
 import hostile
 import n2n_fast
 from n2n_fast.cli import main
+from n2n_fast.search.config import SETTINGS
 from n2n_fast.training.distill import seeded
 from n2n_fast.training.teachers import create, load_state_dict_file, train_teacher
 
@@ -219,6 +220,7 @@ def test_commands_of_runs(suffer, place, cut_off):
     config = json.loads((cut_off / "config.json").read_text())
     cases = hostile.commands(config["command"], place / "marker")
     files = {name: {**config, "command": {**config["command"], **part}} for name, part in cases}
+    files |= {f"{name} of {str(value)[:9]!r}": {**config, name: value} for name in SETTINGS for value in hostile.VALUES}
     commands = resumed(
         place / "commands", cut_off, {n: {"config.json": json.dumps(c).encode()} for n, c in files.items()}
     )
