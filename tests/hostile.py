@@ -530,7 +530,7 @@ def commands(held: dict[str, Any], marker: Path) -> Iterator[tuple[str, dict[str
     pickled = marker.with_name("pickled.pt")
     pickled.write_bytes(pickle.dumps(payload(marker)))
     marker.with_name("factory.py").write_text(f"import os\nos.system('touch {marker}')\n")
-    yield "a teacher that is a pickle", {"teacher_file": str(pickled), "allow_pickle": True}
+    yield "a teacher that is a pickle", {"teacher": str(pickled), "allow_pickle": True}
     yield "a factory that runs code", {"arch": "factory:make"}
     yield "a teacher of os", {"arch": "os:getcwd"}
     for name in held:

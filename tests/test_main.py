@@ -475,6 +475,10 @@ def config_value(tmp_path):
     return configured(tmp_path, "updates = 3.5"), "updates: 3.5"
 
 
+def config_zero(tmp_path):
+    return configured(tmp_path, 'teacher = "\\u0000"'), "teacher: holds a zero byte"
+
+
 def config_table(tmp_path):
     return configured(tmp_path, "[data]\nname = 3"), "table"
 
@@ -531,7 +535,7 @@ def existing_teacher(tmp_path):
         *(untrained, empty_set, other_classes, bad_label, nan_images, no_set, unknown_set, no_teacher, small_images),
         *(unwritable, option_value, option_range, mean_value, device, command, no_run, nothing_to_inspect),
         *(existing_teacher, config_missing, config_key, config_value, config_table, config_text, config_bytes),
-        *(config_of_itself, config_of_no_run, config_setting, config_code),
+        *(config_zero, config_of_itself, config_of_no_run, config_setting, config_code),
         *(set_value, set_bound, set_none, set_name, set_nothing),
     ],
     ids=lambda case: case.__name__,

@@ -87,47 +87,28 @@ def _fail(message: str) -> None:
 
 # Options that several commands share
 
-data_option = option(
-    "--data",
-    default=DIGITS,
-    show_default=True,
-    metavar="SPEC",
-    help="digits, cifar10:DIR, cifar100:DIR, svhn:DIR, fashion-mnist:DIR, imagefolder:DIR or npz:FILE.",
-)
+DATA = "digits, cifar10:DIR, cifar100:DIR, svhn:DIR, fashion-mnist:DIR, imagefolder:DIR or npz:FILE."
+data_option = option("--data SPEC", DATA, default=DIGITS, show_default=True)
 
 
 def image_options(shown: bool) -> Decorator:
-    """How images are read; few need it."""
+    """How images are read."""
     return options(
-        option(
-            "--mean",
-            callback=numbers,
-            metavar="M[,M,M]",
-            hidden=not shown,
-            help="Pixel mean, 0 to 1; default: the set's own.",
-        ),
-        option(
-            "--std",
-            callback=numbers,
-            metavar="S[,S,S]",
-            hidden=not shown,
-            help="Pixel deviation; default: the set's own.",
-        ),
-        option("--image-size", type=COUNT, metavar="PX", hidden=not shown, help="Resize images to PX x PX."),
-        option("--download", is_flag=True, hidden=not shown, help="Fetch a missing data set."),
+        option("--mean M[,M,M]", "Pixel mean, 0 to 1; default: the set's own.", shown, callback=numbers),
+        option("--std S[,S,S]", "Pixel deviation; default: the set's own.", shown, callback=numbers),
+        option("--image-size PX", "Resize images to PX x PX.", shown, type=COUNT),
+        option("--download", "Fetch a missing data set (cifar, svhn, fashion-mnist).", shown),
     )
 
 
 teacher_options = options(
-    option("--teacher", "teacher_file", type=FILE, metavar="FILE", help="The teacher's state dict."),
-    option("--arch", metavar="NAME", help="torchvision name or package.module:factory; default: inferred."),
+    option("--teacher FILE", "The teacher's state dict.", type=FILE),
+    option("--arch NAME", "torchvision name or package.module:factory; default: inferred."),
 )
-pickle_option = option("--allow-pickle", is_flag=True, hidden=True, help="Read a pickled module; runs code from it.")
-device_option = option(
-    "--device", callback=device, metavar="NAME", help="cpu, cuda, ...; default: cuda if there is one."
-)
-json_option = option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for programs.")
-quiet_option = option("--quiet", is_flag=True, help="Show no progress, only warnings and the result.")
+pickle_option = option("--allow-pickle", "Read a pickled module; runs code from the file.", shown=False)
+device_option = option("--device NAME", "cpu, cuda, ...; default: cuda if there is one.", callback=device)
+json_option = option("--json", "Print JSON on stdout, for programs.")
+quiet_option = option("--quiet", "Show no progress, only warnings and the result.")
 run_argument = click.argument("directory", metavar="RUN", type=FILE)
 
 
@@ -166,38 +147,27 @@ def cli(context: click.Context) -> None:
 # run
 
 
+PROTOCOL = "fast, or paper: random weights, five epochs for each student, nothing corrected; the control."
+GPUS = "GPUs of a worker, may be a fraction; default: on a GPU an even share of all, else none."
+
+
 @cli.command(example="n2n-fast run --teacher resnet18.pt --data cifar10:data")
 @teacher_options
 @data_option
 @setting_options(*SHOWN)
 @device_option
-@option("--workers", type=COUNT, metavar="N", help="Evaluate students in N Ray workers (extra ray).")
-@option("--out", type=FILE, metavar="DIR", help="Run directory; default: runs/1, runs/2, ...")
-@option(
-    "--resume", type=FILE, metavar="DIR", is_eager=True, callback=take_run, help="Go on with a run that was cut off."
-)
-@option("--set", multiple=True, metavar="NAME=VALUE", callback=assignments, help="Any other setting; repeatable.")
-@option("--dry-run", is_flag=True, help="Tell what would be searched and for how long; write nothing.")
+@option("--workers N", "Evaluate students in N Ray workers (extra ray).", type=COUNT)
+@option("--out DIR", "Run directory; default: runs/1, runs/2, ...", type=FILE)
+@option("--resume DIR", "Go on with a run that was cut off.", type=FILE, is_eager=True, callback=take_run)
+@option("--set NAME=VALUE", "Any other setting; repeatable.", multiple=True, callback=assignments)
+@option("--dry-run", "Tell what would be searched and for how long; write nothing.")
 @json_option
 @quiet_option
-@option(
-    "--protocol",
-    type=click.Choice(list(PROTOCOLS)),
-    default="fast",
-    show_default=True,
-    hidden=True,
-    help="paper: random weights, five epochs for each student, nothing corrected; the control.",
-)
-@option("--policy", type=FILE, metavar="FILE", hidden=True, help="Start from another run's policies.pt.")
-@option("--tensorboard", is_flag=True, hidden=True, help="Write curves for TensorBoard while the search runs.")
-@option("--ray-address", metavar="ADDRESS", hidden=True, help="Of a Ray cluster; default: start Ray on this machine.")
-@option(
-    "--gpus-per-worker",
-    type=click.FloatRange(min=0),
-    metavar="G",
-    hidden=True,
-    help="May be a fraction; default: on a GPU an even share of all, else none.",
-)
+@option("--protocol NAME", PROTOCOL, shown=False, type=click.Choice(list(PROTOCOLS)), default="fast")
+@option("--policy FILE", "Start from another run's policies.pt.", shown=False, type=FILE)
+@option("--tensorboard", "Write curves for TensorBoard while the search runs.", shown=False)
+@option("--ray-address ADDRESS", "Address of a Ray cluster; default: start Ray on this machine.", shown=False)
+@option("--gpus-per-worker G", GPUS, shown=False, type=click.FloatRange(min=0))
 @pickle_option
 @image_options(shown=False)
 @setting_options(*(name for name in SETTINGS if name not in SHOWN), shown=False)
@@ -216,7 +186,7 @@ def run(context: click.Context, /, **options: Any) -> int:
     model, images = _teacher_and_data(options, config.seed)
     if options["dry_run"]:
         found = plan(model, images, config)
-        _tell(options["as_json"], asdict(found), tables.plan_table(found))
+        _tell(options["json"], asdict(found), tables.plan_table(found))
         return 0
     with Bar(options["quiet"], curves) as bar:
         try:
@@ -225,7 +195,7 @@ def run(context: click.Context, /, **options: Any) -> int:
             click.echo(f"interrupted; go on with: n2n-fast run --resume {stopped}", err=True)
             return INTERRUPTED
         report.draw_if_possible(result.out, bar.message)
-    return _conclude(result, options["as_json"], time.perf_counter() - start)
+    return _conclude(result, options["json"], time.perf_counter() - start)
 
 
 def _config(context: click.Context, options: dict[str, Any]) -> SearchConfig:
@@ -273,7 +243,7 @@ def _workers(options: dict[str, Any]) -> Workers | None:
 
 def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, ImageData]:
     """The teacher, trained first where no file is given, and the data that it must fit."""
-    file, data = options["teacher_file"], options["data"]
+    file, data = options["teacher"], options["data"]
     if file is None and data != DIGITS:
         raise BadInput(f"--data {data} needs a teacher trained on it: give --teacher FILE, made by n2n-fast teach")
     if file is None:
@@ -298,22 +268,16 @@ def _plain(value: Any) -> Any:
 
 
 @cli.command(example="n2n-fast teach --arch resnet18 --data cifar10:data --out resnet18.pt")
-@option(
-    "--arch",
-    default="resnet18",
-    show_default=True,
-    metavar="NAME",
-    help="torchvision name, resnet20/32/56 or digits_resnet.",
-)
-@option("--cifar-stem", is_flag=True, help="3x3 first convolution without pooling, for torchvision's ResNets.")
-@option("--channels", type=COUNT, metavar="N", help="Input channels; default: 3 for torchvision, else the data's.")
-@option("--out", default="teacher.pt", show_default=True, type=FILE, help="File to write.")
+@option("--arch NAME", "torchvision name, resnet20/32/56 or digits_resnet.", default="resnet18", show_default=True)
+@option("--cifar-stem", "3x3 first convolution without pooling, for torchvision's ResNets.")
+@option("--channels N", "Input channels; default: 3 for torchvision, else the data's.", type=COUNT)
+@option("--out FILE", "File to write.", default="teacher.pt", show_default=True, type=FILE)
 @data_option
 @image_options(shown=True)
-@option("--epochs", default=10.0, show_default=True, type=float, metavar="E", help="Times through the data.")
-@option("--batch-size", default=128, show_default=True, type=COUNT, metavar="N", help="Images per training step.")
-@option("--learning-rate", default=0.1, show_default=True, type=float, metavar="R", help="Its peak.")
-@option("--seed", default=0, show_default=True, type=int, help="Seed of all that is drawn.")
+@option("--epochs E", "Times through the data.", default=10.0, show_default=True)
+@option("--batch-size N", "Images per training step.", default=128, show_default=True, type=COUNT)
+@option("--learning-rate R", "Peak learning rate.", default=0.1, show_default=True)
+@option("--seed N", "Seed of all that is drawn.", default=0, show_default=True)
 @device_option
 @quiet_option
 def teach(**options: Any) -> None:
@@ -338,8 +302,8 @@ def teach(**options: Any) -> None:
 @teacher_options
 @pickle_option
 @setting_options("leaf", "round_to")
-@option("--data", metavar="SPEC", help="Data set whose images the network takes; as of run.")
-@option("--image-size", type=COUNT, metavar="PX", help="Size of its images; default: the data's, or 224.")
+@option("--data SPEC", "Data set whose images the network takes; as of run.")
+@option("--image-size PX", "Size of its images; default: the data's, or 224.", type=COUNT)
 @json_option
 @click.pass_context
 def inspect(context: click.Context, /, **options: Any) -> None:
@@ -349,18 +313,16 @@ def inspect(context: click.Context, /, **options: Any) -> None:
     """
     model, example = _inspected(options)
     space = ArchitectureSpace(model, example, **given_settings(context))
-    if options["as_json"]:
+    if options["json"]:
         click.echo(json.dumps(tables.space_summary(space), indent=2))
         return
-    click.echo(tables.layer_table(space))
-    click.echo(f"\n{tables.reach(space)}")
-    for warning in space.warnings:
-        click.echo(f"warning: {warning}")
+    told = (tables.layer_table(space), "", tables.reach(space), *(f"warning: {text}" for text in space.warnings))
+    click.echo("\n".join(told))
 
 
 def _inspected(options: dict[str, Any]) -> tuple[nn.Module, torch.Tensor]:
     """A network to look at, and an image (1, C, H, W) as it is to see."""
-    file, arch, data, size = (options[name] for name in ("teacher_file", "arch", "data", "image_size"))
+    file, arch, data, size = (options[name] for name in ("teacher", "arch", "data", "image_size"))
 
     def given(channels: int | None) -> ImageData | None:
         return None if data is None else load(data, image_size=size, channels=channels)
@@ -382,20 +344,19 @@ def _inspected(options: dict[str, Any]) -> tuple[nn.Module, torch.Tensor]:
 
 @cli.command(example="n2n-fast evaluate runs/1")
 @run_argument
-@option("--data", metavar="SPEC", help="Another data set than the run's own.")
-@option("--download", is_flag=True, help="Fetch a missing data set.")
+@option("--data SPEC", "Another data set than the run's own.")
+@option("--download", "Fetch a missing data set.")
 @device_option
 @json_option
-def evaluate(directory: Path, data: str | None, download: bool, device: torch.device, as_json: bool) -> None:
+def evaluate(directory: Path, data: str | None, download: bool, device: torch.device, **options: Any) -> None:
     """Measure the accuracy of a run's student on the test split of its data, preprocessed as in the run."""
     student = load_student(directory).to(device)
-    name, preprocessing = _data_settings(directory)
-    images = load(data or name, **preprocessing, download=download, device=device)
-    split = images.validation if images.test is None else images.test
-    name = "validation" if images.test is None else "test"
+    own, preprocessing = _data_settings(directory)
+    images = load(data or own, **preprocessing, download=download, device=device)
+    split, name = (images.validation, "validation") if images.test is None else (images.test, "test")
     found = _exported_accuracy(student, images, split)
     content = {"data": images.name, "split": name, "images": len(split), "accuracy": found}
-    _tell(as_json, content, f"{name} accuracy {found:.2%} on {len(split)} images of {images.name}")
+    _tell(options["json"], content, f"{name} accuracy {found:.2%} on {len(split)} images of {images.name}")
 
 
 @cli.command("report", example="n2n-fast report runs/1")
@@ -408,11 +369,11 @@ def report_command(directory: Path) -> None:
 
 @cli.command("export", example="n2n-fast export runs/1 --to onnx --fold-bn")
 @run_argument
-@option("--to", type=click.Choice(list(SUFFIXES)), required=True, help="Format to write.")
-@option("--out", type=FILE, help="File to write; default: export.pt2, .onnx or .pt in RUN.")
-@option("--opset", type=COUNT, metavar="N", help="ONNX opset; default: torch's.")
-@option("--static-batch", type=COUNT, metavar="N", help="Take exactly N images at once; default: any number.")
-@option("--fold-bn", is_flag=True, help="Fold batch norms into the convolutions before them.")
+@option("--to FORMAT", f"{', '.join(SUFFIXES)}.", type=click.Choice(list(SUFFIXES)), required=True)
+@option("--out FILE", "File to write; default: export.pt2, .onnx or .pt in RUN.", type=FILE)
+@option("--opset N", "ONNX opset; default: torch's.", type=COUNT)
+@option("--static-batch N", "Take exactly N images at once; default: any number.", type=COUNT)
+@option("--fold-bn", "Fold batch norms into the convolutions before them.")
 def export_command(directory: Path, **options: Any) -> None:
     """Write a run's student for other programs, and compare the file with the student."""
     click.echo(tables.export_table(export(directory, **options)))

@@ -20,7 +20,7 @@ from n2n_fast.search.config import SETTINGS, Setting, allowed, parse
 
 PREFIX = "N2N_FAST_"  # of environment variables: N2N_FAST_UPDATES is --updates
 OF_THE_BUILD = ("N2N_FAST_CUDA", "N2N_FAST_SANITIZE", "N2N_FAST_FUZZ")
-OF_ONE_CALL = ("resume", "set", "dry_run", "as_json", "quiet")  # what config.json does not note
+OF_ONE_CALL = ("resume", "set", "dry_run", "json", "quiet")  # what config.json does not note
 NOT_IN_FILES = ("config", "resume", "set", "help_all")
 
 Decorator = Callable[[Any], Any]
@@ -37,7 +37,7 @@ class Option(click.Option):
     @property
     def long_name(self) -> str:
         """Its name on the command line, without dashes in front."""
-        return max(self.opts, key=len).lstrip("-")
+        return self.opts[0].lstrip("-")
 
     @property
     def several(self) -> bool:
@@ -83,9 +83,11 @@ class Group(click.Group):
     command_class = Command
 
 
-def option(*names: str, **settings: Any) -> Decorator:
-    """click.option, of this module's kind."""
-    return click.option(*names, cls=Option, **settings)
+def option(name: str, text: str, shown: bool = True, **settings: Any) -> Decorator:
+    """An option with its metavar, "--workers N", or a flag; text: its help, `shown` by --help or --help-all alone."""
+    flag, _, metavar = name.partition(" ")
+    settings = {"metavar": metavar, **settings} if metavar else {"is_flag": True, **settings}
+    return click.option(flag, cls=Option, help=text, hidden=not shown, **settings)
 
 
 def options(*decorators: Decorator) -> Decorator:
@@ -135,14 +137,9 @@ def setting_options(*names: str, shown: bool = True) -> Decorator:
 
 def _setting_option(setting: Setting, shown: bool) -> Decorator:
     default = "" if setting.default in (None, ()) else f"default: {_shown(setting.default)}; "
-    return option(
-        f"--{setting.name.replace('_', '-')}",
-        multiple=isinstance(setting.default, tuple),
-        hidden=not shown,
-        metavar="VALUE",
-        callback=_parsed,
-        help=f"{setting.metadata['help']}  [{default}{allowed(setting)}]",
-    )
+    text = f"{setting.metadata['help']}  [{default}{allowed(setting)}]"
+    several = isinstance(setting.default, tuple)
+    return option(f"--{setting.name.replace('_', '-')} VALUE", text, shown, multiple=several, callback=_parsed)
 
 
 def _shown(value: Any) -> str:
@@ -194,7 +191,10 @@ def _help_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
         return
     hidden = [copy.copy(param) for param in context.command.params if getattr(param, "hidden", False)]
     formatter = context.make_formatter()
-    for title, of_setting in (("More options", False), ("Settings, by --set name=value too", True)):
+    for title, of_setting in (
+        ("More options", False),
+        ("Settings, by --set name=value too; for the digits some defaults differ", True),
+    ):
         rows = []
         for param in hidden:
             param.hidden = False  # type: ignore[attr-defined]
@@ -274,7 +274,7 @@ def _of_run(path: Path, context: click.Context, resume: bool = False) -> dict[st
         found = {
             str(param.name): _as_given(param, _checked(param, values[str(param.name)]))
             for param in params
-            if param.name not in OF_ONE_CALL and (param.name in SETTINGS or values.get(str(param.name)) is not None)
+            if param.name not in OF_ONE_CALL and (param.callback is _parsed or values.get(str(param.name)) is not None)
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = first_line(error)
@@ -290,8 +290,7 @@ def _checked(option: Option, value: Any) -> Any:
     """A value of a config.json; TypeError for any that the option cannot have had."""
     of_type = str if isinstance(option.type, click.Path) else str | int | float
     parts = value if option.several and isinstance(value, list) else [value]
-    null = value is None and option.name in SETTINGS
-    if isinstance(value, list) != option.several or not (null or all(isinstance(part, of_type) for part in parts)):
+    if isinstance(value, list) != option.several or not all(isinstance(part, of_type | None) for part in parts):
         raise TypeError(f"{option.name}: {str(value)[:40]!r}")
     return value
 
@@ -301,4 +300,6 @@ def _as_given(option: Option, value: Any) -> Any:
     if isinstance(value, bool) and option.is_flag:
         return value
     parts = [str(part) for part in value] if isinstance(value, list) else [str(value)]
+    if any("\0" in part for part in parts):
+        raise BadInput(f"{option.long_name}: holds a zero byte")
     return parts if option.multiple else ",".join(parts)

@@ -20,6 +20,7 @@ POSITIVE: Rule = ("above 0", lambda x: 0 < x < math.inf)
 SHARE: Rule = ("between 0 and 1", lambda x: 0 <= x <= 1)
 INNER_SHARE: Rule = ("between 0 and 1", lambda x: 0 < x < 1)
 DECAY: Rule = ("at least 0 and below 1", lambda x: 0 <= x < 1)
+NAMES: Rule = ("names of modules, separated by commas", lambda _: True)
 RATIOS: Rule = (
     "ratios in (0, 1], the last of them 1",
     lambda ratios: bool(ratios) and ratios[-1] == 1 and all(0 < ratio <= 1 for ratio in ratios),
@@ -64,7 +65,7 @@ class SearchConfig:
     )
     kd_weight: float = setting(0.1, "Weight λ of distillation in L = L_hard + λ L_KD.", AMOUNT)
     round_to: int = setting(1, "Shrink widths to multiples of this many channels.", COUNT)
-    leaf: tuple[str, ...] = setting((), "Submodules of the teacher that are each one opaque layer.")
+    leaf: tuple[str, ...] = setting((), "Submodules of the teacher that are each one opaque layer.", NAMES)
     ratios: tuple[float, ...] = setting(
         (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), "Ratios that stage 2 chooses from.", RATIOS
     )
@@ -121,8 +122,8 @@ _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0"
 
 def allowed(setting: Setting) -> str:
     """What a setting may be, in words."""
-    kind, several, optional = _type(setting)
-    told = setting.metadata["allowed"] or (f"{_KINDS[kind]}s, separated by commas" if several else _KINDS[kind])
+    kind, _, optional = _type(setting)
+    told = setting.metadata["allowed"] or _KINDS[kind]
     return f"{told}, or none" if optional and setting.default is not None else told
 
 
