@@ -7,8 +7,10 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +53,9 @@ class Stage:
 
     def best(self) -> list[float | None]:
         """After each rollout the reward of the best so far, feasible before infeasible; None: nothing evaluated yet."""
-        found: list[float | None] = []
-        best: tuple[bool, float] | None = None
-        for line in self.rollouts:
-            if line[PREDICTED] is not None:
-                this = line["feasible"], line["reward"]
-                best = this if best is None else max(best, this)
-            found.append(None if best is None else best[1])
-        return found
+        none = False, -math.inf
+        ranks = ((line["feasible"], line["reward"]) if line[PREDICTED] is not None else none for line in self.rollouts)
+        return [None if reward == -math.inf else reward for _, reward in accumulate(ranks, max)]
 
     def trained(self) -> list[Line]:
         """The students trained fully, as anchors or at the end."""
