@@ -522,17 +522,20 @@ def trainings(held: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     )
 
 
+VALUES: tuple[Any, ...] = ([3], {"a": 3}, "\0", -7)  # of which no option takes any
+
+
 def commands(held: dict[str, Any], marker: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """What to change in the command that a run's config.json notes."""
     pickled = marker.with_name("pickled.pt")
     pickled.write_bytes(pickle.dumps(payload(marker)))
     marker.with_name("factory.py").write_text(f"import os\nos.system('touch {marker}')\n")
-    yield "a teacher that is a pickle", {"teacher_file": str(pickled), "allow_pickle": True}
+    yield "a teacher that is a pickle", {"teacher": str(pickled), "allow_pickle": True}
     yield "a factory that runs code", {"arch": "factory:make"}
     yield "a teacher of os", {"arch": "os:getcwd"}
     for name in held:
-        for value in ([3], {"a": 3}, "\0", -7):
-            if name not in ("seed", "max_drop", "download") or value != -7:
+        for value in VALUES:
+            if name != "download" or value != -7:
                 yield f"{name} of {str(value)[:9]!r}", {name: value}
 
 

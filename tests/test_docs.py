@@ -1,5 +1,6 @@
 """Everything that README and docs show is run, or at least understood, as it stands there."""
 
+import contextlib
 import re
 import shlex
 from dataclasses import fields
@@ -81,7 +82,8 @@ def test_every_command_is_understood(page: str, words: list[str]) -> None:
         return
     name, command, rest = group.resolve_command(context, list(words))
     assert command is not None
-    command.make_context(name, rest, parent=context)
+    with contextlib.suppress(FileNotFoundError):  # --resume reads its run, once every option is known
+        command.make_context(name, rest, parent=context)
 
 
 @pytest.fixture

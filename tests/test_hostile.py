@@ -13,6 +13,7 @@ import torch
 import hostile
 import n2n_fast
 from n2n_fast.cli import main
+from n2n_fast.search.config import SETTINGS
 from n2n_fast.training.distill import seeded
 from n2n_fast.training.teachers import create, load_state_dict_file, train_teacher
 
@@ -56,7 +57,7 @@ def finished(place, teacher):
 def cut_off(place, teacher):
     """The directory of a run that was stopped in the training of stage 1's best student."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main._Bar, "stopping", lambda self: self._name.startswith("training the best") and self._done > 9)
+        patch.setattr(main.Bar, "stopping", lambda self: self._name.startswith("training the best") and self._done > 9)
         assert run("run", "--teacher", teacher, *CHEAP, *SHORT, "--out", place / "cut_off") == 130
     assert (place / "cut_off" / "training.pt").exists()
     return place / "cut_off"
@@ -219,6 +220,8 @@ def test_commands_of_runs(suffer, place, cut_off):
     config = json.loads((cut_off / "config.json").read_text())
     cases = hostile.commands(config["command"], place / "marker")
     files = {name: {**config, "command": {**config["command"], **part}} for name, part in cases}
+    cases = [(name, value) for name in SETTINGS for value in hostile.VALUES if (name, value) != ("seed", -7)]
+    files |= {f"{name} of {str(value)[:9]!r}": {**config, name: value} for name, value in cases}
     commands = resumed(
         place / "commands", cut_off, {n: {"config.json": json.dumps(c).encode()} for n, c in files.items()}
     )

@@ -2,8 +2,9 @@
 
 import json
 import pickle
+import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -102,13 +103,36 @@ def test_help_ends_with_an_example_and_knows_every_option(command, invoke):
     code, out, _ = invoke(command, "--help")
     assert code == 0
     assert out.splitlines()[-1].startswith(f"Example: n2n-fast {command} ")
+    code, everything, _ = invoke(command, "--help-all")
+    assert code == 0
     for param in main.cli.commands[command].params:
         if isinstance(param, main.click.Option):
-            assert param.opts[0] in out
+            assert (f"  {param.opts[0]}" in out) == (not param.hidden)
+            assert f"  {param.opts[0]}" in everything
             assert param.help
-    if command == "run":
-        for title in ("Teacher:", "Data:", "Search:", "Training:", "Objective and limits:", "Run and output:"):
-            assert f"\n{title}\n" in out
+
+
+def test_help_shows_few_options_and_help_all_every_setting(invoke):
+    shown = [line for line in invoke("run", "--help")[1].splitlines() if line.startswith("  -")]
+    assert len(shown) <= 20
+    everything = " ".join(invoke("run", "--help-all")[1].split())
+    for setting in fields(n2n_fast.SearchConfig):
+        assert f"--{setting.name.replace('_', '-')} " in everything
+        assert setting.metadata["help"] in everything
+        assert setting.metadata["allowed"] in everything
+    assert "[default: 20; at least 1]" in everything
+
+
+def test_alone_it_prints_its_help(invoke):
+    code, out, err = invoke()
+    assert (code, err) == (0, "")
+    assert "Compress a trained CNN" in out
+    assert "export" in out
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "n2n_fast", "--version"], capture_output=True, text=True, check=True)
+    assert n2n_fast.__version__ in done.stdout
 
 
 def test_version_tells_what_was_built(invoke):
@@ -137,6 +161,61 @@ def test_the_command_line_comes_before_the_environment_and_that_before_the_file(
     monkeypatch.setenv("N2N_FAST_CONFIG", "a.toml")
     given = ("inspect",)
     assert macs() == by_file
+
+
+@pytest.fixture
+def searched(invoke, monkeypatch):
+    """The settings with which a command line would search."""
+
+    def settings(*args):
+        seen = []
+        monkeypatch.setattr(main, "_teacher_and_data", lambda *_: (None, None))
+        monkeypatch.setattr(main, "plan", lambda model, images, config: seen.append(config) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            invoke("run", "--dry-run", "--data", "npz:set.npz", *args)
+        return seen[0]
+
+    return settings
+
+
+def test_each_setting_is_given_by_set_by_its_option_by_the_environment_and_by_a_file(searched, monkeypatch, tmp_path):
+    values = {
+        "updates": ("7", 7),
+        "kd_weight": ("0.25", 0.25),
+        "epochs": ("2", 2.0),
+        "validation_images": ("none", None),
+        "reuse": ("false", False),
+        "init": ("sliced", "sliced"),
+        "ratios": ("0.5,1", (0.5, 1.0)),
+        "leaf": ("a,b.c", ("a", "b.c")),
+        "max_params": ("500_000", 500_000),
+        "seed": ("-3", -3),
+    }
+    expected = n2n_fast.SearchConfig(**{name: value for name, (_, value) in values.items()})
+    assert searched(*(part for name, (text, _) in values.items() for part in ("--set", f"{name}={text}"))) == expected
+    options = [f"--{name.replace('_', '-')}={text}" for name, (text, _) in values.items()]
+    assert searched(*options) == expected
+    assert searched("--leaf", "a", *options[:-4], *options[-2:], "--ratios", "0.5,1", "--leaf", "b.c") == expected
+    (tmp_path / "a.toml").write_text("\n".join(f'{name} = "{text}"' for name, (text, _) in values.items()))
+    assert searched("--config", "a.toml") == expected
+    (tmp_path / "config.json").write_text(json.dumps(asdict(expected)))
+    assert searched("--config", "config.json") == expected
+    assert searched("--config", "config.json", "--set", "hidden=7", "--updates", "9") == replace(
+        expected, hidden=7, updates=9
+    )
+    for name, (text, _) in values.items():
+        monkeypatch.setenv(f"N2N_FAST_{name.upper()}", text)
+    assert searched() == expected
+    assert searched("--protocol", "paper", "--set", "kd-weight=0.25") == n2n_fast.SearchConfig.paper(
+        **{name: value for name, (_, value) in values.items()}
+    )
+
+
+def test_an_unknown_variable_of_the_environment_is_named(invoke, monkeypatch):
+    monkeypatch.setenv("N2N_FAST_CUDA", "OFF")  # for the build
+    monkeypatch.setenv("N2N_FAST_IMAGE_SIZ", "96")
+    code, _, err = invoke("inspect", "--arch", "digits_resnet", "--image-size", "8")
+    assert (code, err) == (0, "warning: N2N_FAST_IMAGE_SIZ: no option, did you mean N2N_FAST_IMAGE_SIZE?\n")
 
 
 def test_a_dry_run_looks_at_the_policies_too(digits_teacher, invoke, tmp_path):
@@ -342,7 +421,27 @@ def unwritable(tmp_path):
 
 
 def option_value(tmp_path):
-    return ("run", "--updates", "many"), "--updates"
+    return ("run", "--updates", "many"), "updates: many; give at least 1"
+
+
+def set_value(tmp_path):
+    return ("run", "--set", "ratios=0.5,big,1"), "ratios: 0.5,big,1; give ratios in (0, 1], the last of them 1"
+
+
+def set_bound(tmp_path):
+    return ("run", "--set", "baseline_decay=1"), "baseline_decay: 1.0; give at least 0 and below 1"
+
+
+def set_none(tmp_path):
+    return ("run", "--set", "updates=none"), "updates: none"
+
+
+def set_name(tmp_path):
+    return ("run", "--set", "rolouts=4"), "did you mean rollouts?"
+
+
+def set_nothing(tmp_path):
+    return ("run", "--set", "updates"), "name=value"
 
 
 def option_range(tmp_path):
@@ -367,11 +466,17 @@ def config_missing(tmp_path):
 
 
 def config_key(tmp_path):
-    return configured(tmp_path, "updates = 3\nrolouts = 4\n"), "rolouts"
+    return configured(
+        tmp_path, "updates = 3\nrolouts = 4\n"
+    ), "rolouts: no option of n2n-fast run, did you mean rollouts?"
 
 
 def config_value(tmp_path):
-    return configured(tmp_path, "updates = 3.5"), "--updates"
+    return configured(tmp_path, "updates = 3.5"), "updates: 3.5"
+
+
+def config_zero(tmp_path):
+    return configured(tmp_path, 'teacher = "\\u0000"'), "teacher: holds a zero byte"
 
 
 def config_table(tmp_path):
@@ -396,9 +501,14 @@ def config_of_no_run(tmp_path):
     return configured(tmp_path, "[1]", "config.json"), "not the config.json of a run"
 
 
-def config_beyond_options(tmp_path):
-    held = json.dumps(asdict(n2n_fast.SearchConfig(hidden=7)))
-    return configured(tmp_path, held, "config.json"), "hidden is 7"
+def config_setting(tmp_path):
+    held = {**asdict(n2n_fast.SearchConfig()), "hidden": [7]}
+    return configured(tmp_path, json.dumps(held), "config.json"), "hidden: '[7]'"
+
+
+def config_code(tmp_path):
+    held = {**asdict(n2n_fast.SearchConfig()), "command": {"arch": "factory:make"}}
+    return configured(tmp_path, json.dumps(held), "config.json"), "run code"
 
 
 def command(tmp_path):
@@ -425,7 +535,8 @@ def existing_teacher(tmp_path):
         *(untrained, empty_set, other_classes, bad_label, nan_images, no_set, unknown_set, no_teacher, small_images),
         *(unwritable, option_value, option_range, mean_value, device, command, no_run, nothing_to_inspect),
         *(existing_teacher, config_missing, config_key, config_value, config_table, config_text, config_bytes),
-        *(config_of_itself, config_of_no_run, config_beyond_options),
+        *(config_zero, config_of_itself, config_of_no_run, config_setting, config_code),
+        *(set_value, set_bound, set_none, set_name, set_nothing),
     ],
     ids=lambda case: case.__name__,
 )

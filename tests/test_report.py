@@ -5,14 +5,17 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import asdict
+import types
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from n2n_fast.cli import main, report
-from n2n_fast.cli.record import StageRecord, read_record
+from n2n_fast.cli.progress import Bar, Curves
+from n2n_fast.cli.report import Stage, read_run
 from n2n_fast.files.errors import BadInput
-from n2n_fast.search.pareto import front
+from n2n_fast.search.reinforce import Rollout
 from n2n_fast.search.result import load_student
 
 
@@ -52,33 +55,35 @@ def keep(run, *names):
             path.unlink()
 
 
-def test_the_points_of_the_history_give_the_front_that_the_search_wrote(tiny_run):
-    points = read_record(tiny_run).points()
-    assert any(point.trained for point in points)
-    assert not all(point.trained for point in points)
-    held = json.loads((tiny_run / "front.json").read_text())
-    assert held == {by: [asdict(point) for point in front(points, by)] for by in ("params", "macs")}
-
-
 def test_maps_stand_where_they_were_fitted(tiny_run):
-    for stage in read_record(tiny_run).stages:
+    for stage in read_run(tiny_run).stages:
         by_anchors, by_finals = stage.maps[:3], stage.maps[3:]
         assert [done for done, _ in by_anchors] == [0, 0, 3]  # after anchors 3 and 4, and the one of update 1
-        assert [fitted.count for _, fitted in by_anchors] == [3, 4, 5]
-        assert all(fitted.remaining == 1 for _, fitted in by_anchors)
+        assert [line["count"] for _, line in by_anchors] == [3, 4, 5]
         assert all(done == 6 for done, _ in by_finals)
         assert stage.name == "shrinkage" or not by_finals
-        assert stage.map.error is not None
+        assert stage.maps[-1][1]["error"] is not None
+
+
+def test_the_front_is_the_one_that_the_search_wrote(run):
+    pytest.importorskip("matplotlib")
+    front = {"params": [{**point, "architecture": f"a{n}"} for n, point in enumerate(read_run(run).front["params"])]}
+    assert front["params"]
+    (run / "front.json").write_text(json.dumps({**front, "macs": front["params"]}))
+    page = report.write_report(run)[1].read_text()
+    for point in front["params"]:
+        row = (point["stage"], point["architecture"], f"{point['params']:,}", f"{point['macs']:,}")
+        assert page.count("".join(f"<td>{cell}</td>" for cell in (*row, f"{point['accuracy']:.2%}"))) == 2
 
 
 def test_the_best_so_far_prefers_the_feasible():
     rewards = [(None, -1.0, False), (0.9, 0.8, False), (0.5, 0.3, True), (0.9, 0.7, False), (0.9, 0.6, True)]
     rollouts = [dict(zip(("accuracy", "reward", "feasible"), line, strict=True)) for line in rewards]
-    assert StageRecord("removal", rollouts).best() == [None, 0.8, 0.3, 0.3, 0.6]
+    assert Stage("removal", rollouts).best() == [None, 0.8, 0.3, 0.3, 0.6]
 
 
 def test_layers_stand_as_they_are_in_the_student(tiny_run):
-    layers = read_record(tiny_run).layers
+    layers = read_run(tiny_run).layers
     state = load_student(tiny_run).state_dict()
     weights = {name[: -len(".weight")]: weight for name, weight in state.items() if name.endswith(".weight")}
     assert weights
@@ -131,13 +136,13 @@ def test_report_of_students_that_all_failed(run):
 
 def test_what_is_no_run_is_refused(run, tmp_path):
     with pytest.raises(BadInput, match=r"no history\.jsonl"):
-        read_record(tmp_path)
+        read_run(tmp_path)
     (run / "history.jsonl").write_text('{"kind": "rollout"}\n')
     with pytest.raises(BadInput, match=r"history\.jsonl: not written"):
-        read_record(run)
+        read_run(run)
     (run / "history.jsonl").write_text("")
     with pytest.raises(BadInput, match="nothing was evaluated"):
-        read_record(run)
+        read_run(run)
 
 
 def test_without_matplotlib(run, without, monkeypatch, capsys):
@@ -149,7 +154,7 @@ def test_without_matplotlib(run, without, monkeypatch, capsys):
     assert (stop.value.code, err.count("\n")) == (2, 1)
     assert "pip install 'n2n_fast[plot]'" in err
     told = []
-    report.draw_if_possible(run, False, told.append)
+    report.draw_if_possible(run, told.append)
     assert told == []
     assert not (run / "report.png").exists()
 
@@ -157,28 +162,64 @@ def test_without_matplotlib(run, without, monkeypatch, capsys):
 def test_a_report_that_fails_does_not_fail_the_run(tmp_path):
     pytest.importorskip("matplotlib")
     told = []
-    report.draw_if_possible(tmp_path, False, told.append)
+    report.draw_if_possible(tmp_path, told.append)
     assert len(told) == 1
     assert "history.jsonl" in told[0]
 
 
-def test_tensorboard_holds_the_history(run):
+class Events:
+    """What torch's SummaryWriter is asked to write; stands in where the package tensorboard is not installed."""
+
+    def __init__(self, directory):
+        self.directory, self.scalars = Path(directory), {}
+        self.directory.mkdir()
+
+    def add_scalar(self, tag, value, step):
+        self.scalars.setdefault(tag, []).append((step, value))
+
+    def close(self):
+        (self.directory / "scalars.json").write_text(json.dumps(self.scalars))
+
+
+def test_tensorboard_gets_each_rollout_as_it_comes(run, tmp_path, monkeypatch):
+    writer = types.ModuleType("torch.utils.tensorboard")
+    writer.SummaryWriter = Events
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writer)
+    rollouts = [line for line in lines(run) if line["kind"] == "rollout"]
+    known = {field.name for field in fields(Rollout)}
+    (tmp_path / "new").mkdir()
+    with Bar(True, Curves(tmp_path / "new", 3)) as bar:
+        assert not (tmp_path / "new" / "tensorboard").exists()  # a directory that turns out to be no run's stays clean
+        for line in rollouts:
+            bar.stage(line["stage"], 6)
+            bar.rollout(Rollout(**{name: value for name, value in line.items() if name in known}), None, None)
+    held = json.loads((tmp_path / "new" / "tensorboard" / "scalars.json").read_text())
+    for stage in ("removal", "shrinkage"):
+        rewards = [line["reward"] for line in rollouts if line["stage"] == stage]
+        assert held[f"{stage}/reward"] == [[step, reward] for step, reward in enumerate(rewards, 1)]
+        assert {"params", "macs"} <= {tag.split("/")[1] for tag in held if tag.startswith(stage)}
+
+
+def test_tensorboard_can_be_read(tmp_path, run):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    directory = report.write_tensorboard(run)
-    assert report.write_tensorboard(run) == directory  # in place of the first
-    events = EventAccumulator(str(directory))
+    line = next(line for line in lines(run) if line["kind"] == "rollout")
+    curves = Curves(tmp_path, 3)
+    curves.add(Rollout(**{field.name: line[field.name] for field in fields(Rollout)}))
+    curves.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    rewards = [line["reward"] for line in lines(run) if line["kind"] == "rollout" and line["stage"] == "removal"]
-    held = events.Scalars("removal/reward")
-    assert [event.step for event in held] == list(range(1, len(rewards) + 1))
-    assert [event.value for event in held] == pytest.approx(rewards)
-    assert "shrinkage/leave_one_out_error" in events.Tags()["scalars"]
+    assert [event.value for event in events.Scalars("removal/reward")] == pytest.approx([line["reward"]])
 
 
-def test_without_tensorboard(run, without):
+def test_without_tensorboard(tmp_path, without, monkeypatch, capsys):
     without("tensorboard")
-    with pytest.raises(BadInput, match="pip install tensorboard"):
-        report.write_tensorboard(run)
-    assert not (run / "tensorboard").exists()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["n2n-fast", "run", "--tensorboard", "--out", "here"])
+    with pytest.raises(SystemExit) as stop:
+        main.main()
+    err = capsys.readouterr().err
+    assert (stop.value.code, err.count("\n")) == (2, 1)
+    assert "pip install tensorboard" in err
+    assert not (tmp_path / "here").exists()

@@ -1,77 +1,80 @@
-"""How commands present and read their options: help by sections, defaults from the environment and from a file."""
+"""How commands declare, read and show their options; those of settings are generated from SearchConfig."""
 
+import copy
+import difflib
 import importlib
-import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import fields
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import torch
+from click.core import ParameterSource
 
 from n2n_fast import __version__
 from n2n_fast.files.errors import BadInput, first_line
+from n2n_fast.files.safe_load import parse_json
 from n2n_fast.native import build_info
-from n2n_fast.search.config import PROTOCOLS, SearchConfig
+from n2n_fast.search.config import SETTINGS, Setting, allowed, parse
 
 PREFIX = "N2N_FAST_"  # of environment variables: N2N_FAST_UPDATES is --updates
-OF_ONE_CALL = ("resume", "dry_run", "as_json", "quiet")  # what config.json does not note
+OF_THE_BUILD = ("N2N_FAST_CUDA", "N2N_FAST_SANITIZE", "N2N_FAST_FUZZ")
+OF_ONE_CALL = ("resume", "set", "dry_run", "json", "quiet")  # what config.json does not note
+NOT_IN_FILES = ("config", "resume", "set", "help_all")
 
-Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-Decorator = Callable[[Decorated], Decorated]
+Decorator = Callable[[Any], Any]
 
 
 class Option(click.Option):
-    """An option with a section of the help, and its own variable of the environment."""
+    """An option that has its own variable of the environment."""
 
-    def __init__(self, *args: Any, section: str = "Options", **settings: Any) -> None:
+    def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.section = section
-        if self.envvar is None:
-            self.envvar = PREFIX + self.long_name.upper().replace("-", "_")
+        if self.name not in ("set", "help_all"):
+            self.envvar = self.envvar or PREFIX + self.long_name.upper().replace("-", "_")
 
     @property
     def long_name(self) -> str:
         """Its name on the command line, without dashes in front."""
-        return max(self.opts, key=len).lstrip("-")
+        return self.opts[0].lstrip("-")
+
+    @property
+    def several(self) -> bool:
+        """Whether its value is a list."""
+        return self.multiple or self.callback is numbers
 
 
 class Command(click.Command):
-    """A command whose help shows options by section and ends with an example; --config is among its options."""
+    """A command whose help ends with an example; --config and --help-all are among its options."""
 
     def __init__(self, *args: Any, example: str = "", **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.example = example
-        self.params.append(
-            Option(
-                ["--config"],
-                type=click.Path(path_type=Path),
-                metavar="FILE",
-                is_eager=True,
-                expose_value=False,
-                callback=_take_defaults,
-                help="Defaults of options: TOML, or the config.json of a run.",
-            )
-        )
+        self.params += [
+            Option(["--config"], type=click.Path(path_type=Path), metavar="FILE", is_eager=True, expose_value=False,
+                   callback=_take_file, help="Options from a file: TOML, or the config.json of a run."),
+            Option(["--help-all"], is_flag=True, is_eager=True, expose_value=False, hidden=True, callback=_help_all,
+                   help="Show every option and setting."),
+        ]  # fmt: skip
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, section by section in the order of their first options."""
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
-            if record is not None:
-                sections.setdefault(getattr(param, "section", "Options"), []).append(record)
-        general = sections.pop("Options", [])
-        for title, records in (*sections.items(), ("Options", general)):
-            with formatter.section(title):
-                formatter.write_dl(records)
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the options; refuse code that only a run's config.json asks for."""
+        rest = super().parse_args(ctx, args)
+        for name in ("allow_pickle", "arch"):
+            value = ctx.params.get(name)
+            of_run = ctx.meta.get("run") is not None and ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
+            if of_run and (value is True or ":" in str(value)):
+                raise BadInput(
+                    f"{ctx.meta['run']}: was made with --allow-pickle or --arch package.module:factory, which run "
+                    "code; give them again if you trust what they name"
+                )
+        return rest
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the example."""
         if self.example:
-            formatter.write_paragraph()
-            formatter.write(f"Example: {self.example}\n")
+            formatter.write(f"\nExample: {self.example}\n")
 
 
 class Group(click.Group):
@@ -80,23 +83,40 @@ class Group(click.Group):
     command_class = Command
 
 
-def section(title: str, *options: Decorator[Any]) -> Decorator[Any]:
-    """Options, made by `option`, under one title of the help."""
+def option(name: str, text: str, shown: bool = True, **settings: Any) -> Decorator:
+    """An option with its metavar, "--workers N", or a flag; text: its help, `shown` by --help or --help-all alone."""
+    flag, _, metavar = name.partition(" ")
+    settings = {"metavar": metavar, **settings} if metavar else {"is_flag": True, **settings}
+    return click.option(flag, cls=Option, help=text, hidden=not shown, **settings)
 
-    def decorate(command: Decorated) -> Decorated:
-        for option in reversed(options):
-            option(command)
-        params: list[Any] = command.__click_params__  # type: ignore[attr-defined]
-        for param in params[-len(options) :]:
-            param.section = title
+
+def options(*decorators: Decorator) -> Decorator:
+    """Several options as one decorator, in this order."""
+
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
         return command
 
     return decorate
 
 
-def option(*names: str, **settings: Any) -> Decorator[Any]:
-    """click.option, of this module's kind."""
-    return click.option(*names, cls=Option, **settings)
+def numbers(_: click.Context, option: click.Parameter, value: str | None) -> list[float] | None:
+    """Comma-separated numbers, as --mean and --std take them."""
+    try:
+        return None if value is None else [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a number or a comma-separated list of them", param=option) from None
+
+
+def device(_: click.Context, option: click.Parameter, value: str | None) -> torch.device:
+    """A device that can be used."""
+    try:
+        found = torch.device(value or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise click.BadParameter(f"{value!r} cannot be used ({first_line(error)})", param=option) from None
+    return found
 
 
 def version() -> str:
@@ -107,78 +127,179 @@ def version() -> str:
     return f"n2n-fast, version {__version__}\ntorch {torch.__version__}\nnative core: {cuda}; SIMD: {simd}"
 
 
-# Defaults from a file
+# Settings
 
 
-def _take_defaults(context: click.Context, _: click.Parameter, path: Path | None) -> None:
-    """The callback of --config: what the file says comes after the command line and the environment."""
-    if path is not None:
-        context.default_map = {**(context.default_map or {}), **_defaults(path, context.command)}
+def setting_options(*names: str, shown: bool = True) -> Decorator:
+    """The options of these settings, generated from their fields."""
+    return options(*(_setting_option(SETTINGS[name], shown) for name in names))
 
 
-def _defaults(path: Path, command: click.Command) -> dict[str, Any]:
-    """By parameter what a file says of a command's options."""
-    text = path.read_bytes()
-    options = {param.long_name: param for param in command.params if isinstance(param, Option)}
-    if path.suffix == ".json":
-        return _of_run(path, text, list(options.values()))
-    values = _toml(path, text)
+def _setting_option(setting: Setting, shown: bool) -> Decorator:
+    default = "" if setting.default in (None, ()) else f"default: {_shown(setting.default)}; "
+    text = f"{setting.metadata['help']}  [{default}{allowed(setting)}]"
+    several = isinstance(setting.default, tuple)
+    return option(f"--{setting.name.replace('_', '-')} VALUE", text, shown, multiple=several, callback=_parsed)
+
+
+def _shown(value: Any) -> str:
+    """A setting's value as one would give it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _parsed(context: click.Context, option: click.Parameter, given: Any) -> Any:
+    name = str(option.name)
+    if context.get_parameter_source(name) is ParameterSource.DEFAULT:
+        return None
+    return parse(SETTINGS[name], ",".join(given) if isinstance(given, tuple) else given)
+
+
+def assignments(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, Any]:
+    """The callback of --set: by name the settings of name=value pairs."""
     found = {}
-    for key, value in values.items():
-        option = options.get(key.replace("_", "-"))
-        if option is None or option.name == "config":
-            raise BadInput(f"{path}: {key}: no option of n2n-fast {command.name}; see n2n-fast {command.name} --help")
-        if isinstance(value, dict):
-            raise BadInput(f"{path}: {key}: a table; options stand at the top of the file")
-        found[str(option.name)] = _as_given(option, value)
+    for pair in given:
+        name, equals, text = (part.strip() for part in pair.partition("="))
+        name = name.replace("-", "_")
+        if not equals:
+            raise BadInput(f"--set {pair}: give --set name=value")
+        if name not in SETTINGS:
+            raise BadInput(f"--set {name}: no setting{_nearest(name, SETTINGS)}; n2n-fast run --help-all lists them")
+        found[name] = parse(SETTINGS[name], text)
     return found
 
 
-def _toml(path: Path, text: bytes) -> dict[str, Any]:
+def given_settings(context: click.Context) -> dict[str, Any]:
+    """The settings that the command line, the environment or a file gives."""
+    by_option = {
+        name: value
+        for name, value in context.params.items()
+        if name in SETTINGS and context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+    return {**by_option, **context.params.get("set", {})}
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _help_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """Show the help with every option, each setting with its default and what it may be."""
+    if not wanted:
+        return
+    hidden = [copy.copy(param) for param in context.command.params if getattr(param, "hidden", False)]
+    formatter = context.make_formatter()
+    for title, of_setting in (
+        ("More options", False),
+        ("Settings, by --set name=value too; for the digits some defaults differ", True),
+    ):
+        rows = []
+        for param in hidden:
+            param.hidden = False  # type: ignore[attr-defined]
+            if (param.name in SETTINGS) == of_setting:
+                rows.append(param.get_help_record(context))
+        if rows:
+            with formatter.section(title):
+                formatter.write_dl([row for row in rows if row is not None])
+    click.echo(f"{context.get_help()}\n\n{formatter.getvalue().rstrip()}")
+    context.exit()
+
+
+# The environment and files
+
+
+def unknown_variables(group: click.Group) -> list[str]:
+    """A warning for each variable of the environment that looks like an option and is none."""
+    params = [param for command in group.commands.values() for param in command.params]
+    known = {str(param.envvar) for param in params if param.envvar} | set(OF_THE_BUILD)
+    found = [name for name in sorted(os.environ) if name.startswith(PREFIX) and name not in known]
+    return [f"warning: {name}: no option{_nearest(name, known)}" for name in found]
+
+
+def take_run(context: click.Context, _: click.Parameter, directory: Path | None) -> Path | None:
+    """The callback of --resume: the run's own options come after the command line and the environment."""
+    if directory is not None:
+        _take(context, _of_run(directory / "config.json", context, resume=True))
+    return directory
+
+
+def _take_file(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """The callback of --config."""
+    if path is not None:
+        _take(context, _of_run(path, context) if path.suffix == ".json" else _of_toml(path, context.command))
+
+
+def _take(context: click.Context, values: dict[str, Any]) -> None:
+    context.default_map = {**(context.default_map or {}), **values}
+
+
+def _of_toml(path: Path, command: click.Command) -> dict[str, Any]:
+    """By parameter what a file of TOML says of a command's options."""
+    known = {param.long_name: param for param in command.params if isinstance(param, Option)}
+    found = {}
+    for key, value in _toml(path).items():
+        param = known.get(key.replace("_", "-"))
+        if param is None or param.name in NOT_IN_FILES:
+            raise BadInput(
+                f"{path}: {key}: no option of n2n-fast {command.name}{_nearest(key, known)}; "
+                f"see n2n-fast {command.name} --help-all"
+            )
+        if isinstance(value, dict):
+            raise BadInput(f"{path}: {key}: a table; options stand at the top of the file")
+        found[str(param.name)] = _as_given(param, value)
+    return found
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    text = path.read_bytes()
     try:
         tomllib: Any = importlib.import_module("tomllib")
+        found: dict[str, Any] = tomllib.loads(text.decode())
     except ImportError:
         raise BadInput(f"{path}: TOML needs Python 3.11; give a run's config.json, or use {PREFIX}<OPTION>") from None
-    try:
-        found: dict[str, Any] = tomllib.loads(text.decode())
     except ValueError as error:  # of TOML and of UTF-8
         raise BadInput(f"{path}: not TOML ({first_line(error)})") from None
     return found
 
 
-def _of_run(path: Path, text: bytes, options: list[Option]) -> dict[str, Any]:
-    """The options that a run was made with, by its config.json; where it was made from Python, its settings."""
+def _of_run(path: Path, context: click.Context, resume: bool = False) -> dict[str, Any]:
+    """The options and settings that a run was made with, by its config.json."""
     try:
-        held = json.loads(text)
-        command = held.get("command") or {}
-        settings = {f.name: held[f.name] for f in fields(SearchConfig)}
-        usual = SearchConfig(**PROTOCOLS[command.get("protocol", "fast")])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BadInput(f"{path}: not the config.json of a run; other files are TOML") from None
-    names = {option.name for option in options}
-    if "rollouts" in names:
-        _check_settings(path, settings, usual, names)
-    values = {**command, **settings}
-    return {
-        str(option.name): _as_given(option, values[option.name])
-        for option in options
-        if option.name not in (*OF_ONE_CALL, "out") and values.get(option.name) is not None
-    }
+        held = parse_json(path.read_text(encoding="utf-8"))
+        command = held.get("command")
+        values = {**(command or {}), **{name: held[name] for name in SETTINGS}}
+        params = [param for param in context.command.params if isinstance(param, Option)]
+        found = {
+            str(param.name): _as_given(param, _checked(param, values[str(param.name)]))
+            for param in params
+            if param.name not in OF_ONE_CALL and (param.callback is _parsed or values.get(str(param.name)) is not None)
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = first_line(error)
+        raise BadInput(f"{path}: not the config.json of a run ({reason}); other files are TOML") from None
+    if resume and not isinstance(command, dict):
+        raise BadInput(f"{path.parent}: was not begun by n2n-fast run; go on from Python, compress(resume=True)")
+    context.meta["run"] = path
+    found.pop("out", None)
+    return found
 
 
-def _check_settings(
-    path: Path, settings: Mapping[str, Any], usual: SearchConfig, names: Collection[str | None]
-) -> None:
-    """Refuse what no option can set."""
-    for name, value in settings.items():
-        expected = json.loads(json.dumps(getattr(usual, name)))
-        if name not in names and value != expected:
-            raise BadInput(f"{path}: {name} is {value!r} there, which no option sets; use compress from Python")
+def _checked(option: Option, value: Any) -> Any:
+    """A value of a config.json; TypeError for any that the option cannot have had."""
+    of_type = str if isinstance(option.type, click.Path) else str | int | float
+    parts = value if option.several and isinstance(value, list) else [value]
+    if isinstance(value, list) != option.several or not all(isinstance(part, of_type | None) for part in parts):
+        raise TypeError(f"{option.name}: {str(value)[:40]!r}")
+    return value
 
 
 def _as_given(option: Option, value: Any) -> Any:
     """A value as the command line would give it, so that it is checked as strictly."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) and option.is_flag:
         return value
     parts = [str(part) for part in value] if isinstance(value, list) else [str(value)]
+    if any("\0" in part for part in parts):
+        raise BadInput(f"{option.long_name}: holds a zero byte")
     return parts if option.multiple else ",".join(parts)

@@ -1,25 +1,33 @@
-"""What a search gave: tables as text, a run's report as a picture and a page, its scalars for TensorBoard."""
+"""A run as one picture and one page: its history as the search wrote it, and the student once it is finished.
+
+What is drawn is told apart by markers and line styles, so that it reads as well in grey.
+"""
 
 import base64
 import html
+import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from n2n_fast.cli import plots
-from n2n_fast.cli.export import Exported
-from n2n_fast.cli.record import LayerRecord, RunRecord, StageRecord, read_record
+from n2n_fast.cli.tables import Rows, percent, result_rows, result_table
 from n2n_fast.files.errors import BadInput, first_line
-from n2n_fast.networks.graph import Architecture
-from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.search.pareto import front
-from n2n_fast.search.plan import Plan
+from n2n_fast.files.safe_load import parse_json
 
-Rows = list[tuple[str, ...]]
+Line = dict[str, Any]  # of history.jsonl
+Axes = Any  # matplotlib's; it is imported only where something is drawn
 
-TENSORBOARD = "tensorboard"  # its directory in a run's
+SHORT, PREDICTED, ERROR = "proxy_accuracy", "accuracy", "accuracy_error"  # of a rollout's line
+TRAINED = "accuracy"  # of the line of an anchor or of a fully trained student
+COSTS = {"params": "params", "macs": "MACs"}
+DRAWN_KINDS = ("conv", "depthwise", "linear")
+INK, GREY, LIGHT, ACCENT = "#1a1a1a", "#767676", "#c9c9c9", "#1f5fa8"
+MARKERS = {"removal": "o", "shrinkage": "s"}
+BIG, SMALL = 11, 8.5  # points
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 2em auto; max-width: 1100px; padding: 0 1em }
 img { max-width: 100%; height: auto }
@@ -30,68 +38,330 @@ tr.removed td { color: #767676; text-decoration: line-through }
 """
 
 
-def result_table(table: dict[str, Any]) -> str:
-    """The final table of result.json as aligned text: teacher and student side by side."""
-    return _aligned(_result_rows(table))
+# What a run directory holds
 
 
-def _result_rows(table: dict[str, Any]) -> Rows:
-    teacher, student = table["teacher"], table["student"]
-    return [
-        ("", "teacher", "student"),
-        *((name, f"{teacher[key]:,}", f"{student[key]:,}") for name, key in (("params", "params"), ("MACs", "macs"))),
-        ("size on disk", *(f"{part['bytes'] / 1e6:.2f} MB" for part in (teacher, student))),
-        ("latency, 1 image", *(f"{part['latency_ms']:.2f} ms" for part in (teacher, student))),
-        ("latency, 64 images", *(f"{part['latency_ms_64']:.2f} ms" for part in (teacher, student))),
-        ("validation accuracy", *(_percent(part["validation_accuracy"]) for part in (teacher, student))),
-        ("test accuracy", *(_percent(part["test_accuracy"]) for part in (teacher, student))),
-        ("compression", "1.0x", f"{table['compression']:.1f}x"),
-    ]
+@dataclass(frozen=True)
+class Stage:
+    """One stage's lines of history.jsonl. maps: how many rollouts were done when a map was fitted, and its line."""
+
+    name: str
+    rollouts: list[Line] = field(default_factory=list)
+    anchors: list[Line] = field(default_factory=list)
+    finals: list[Line] = field(default_factory=list)
+    maps: list[tuple[int, Line]] = field(default_factory=list)
+
+    def best(self) -> list[float | None]:
+        """After each rollout the reward of the best so far, feasible before infeasible; None: nothing evaluated yet."""
+        none = False, -math.inf
+        ranks = ((line["feasible"], line["reward"]) if line[PREDICTED] is not None else none for line in self.rollouts)
+        return [None if reward == -math.inf else reward for _, reward in accumulate(ranks, max)]
+
+    def trained(self) -> list[Line]:
+        """The students trained fully, as anchors or at the end."""
+        return [line for line in (*self.anchors, *self.finals) if line[TRAINED] is not None]
 
 
-def write_report(run: Path) -> list[Path]:
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the teacher, and what the student has of it. Channels: of its output; None: it has none."""
+
+    name: str
+    kind: str
+    kept: bool
+    teacher_channels: int | None
+    channels: int | None
+    teacher_kernel: tuple[int, ...]
+    kernel: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory. table, front: of result.json and front.json; None, and no layers, until the run is finished."""
+
+    path: Path
+    stages: list[Stage]
+    settings: Line
+    table: Line | None
+    front: dict[str, list[Line]] | None
+    layers: list[Layer]
+
+
+def read_run(path: Path) -> Run:
+    """Read a run directory, one of an unfinished run as well. Raises BadInput where it is none."""
+    if not (path / "history.jsonl").is_file():
+        raise BadInput(f"{path}: no history.jsonl in it; give the directory of a run")
+    stages = _read(path / "history.jsonl", _stages)
+    if not any(stage.rollouts or stage.anchors for stage in stages):
+        raise BadInput(f"{path}: nothing was evaluated in this run yet")
+    table, front, layers = (
+        _read(path / name, read) if (path / name).exists() else None
+        for name, read in (("result.json", parse_json), ("front.json", parse_json), ("architecture.json", _layers))
+    )
+    settings = _read(path / "config.json", parse_json) if (path / "config.json").exists() else {}
+    return Run(path, stages, settings, table, front, layers or [])
+
+
+def _read(path: Path, read: Callable[[bytes], Any]) -> Any:
+    try:
+        return read(path.read_bytes())
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(f"{path}: not written by n2n-fast run") from None
+
+
+def _stages(content: bytes) -> list[Stage]:
+    stages: dict[str, Stage] = {}
+    for text in content.splitlines(keepends=True):
+        if not text.endswith(b"\n"):  # the last one may be half written
+            break
+        line = parse_json(text)
+        stage = stages.setdefault(line["stage"], Stage(line["stage"]))
+        if line["kind"] == "map":
+            stage.maps.append((len(stage.rollouts), line))
+        elif line["kind"] in ("rollout", "anchor", "final"):
+            {"rollout": stage.rollouts, "anchor": stage.anchors, "final": stage.finals}[line["kind"]].append(line)
+    return list(stages.values())
+
+
+def _layers(content: bytes) -> list[Layer]:
+    """The first stage's layers beside what the last stage left of them, which knows only those that were kept."""
+    stages = [dict(zip(stage["layers"], stage["sizes"], strict=True)) for stage in parse_json(content)]
+    layers = []
+    for name, size in stages[0].items() if stages else ():
+        after = stages[-1].get(name, {**size, "kept": False})
+        (before, _), (kernel, _) = size["channels"], size["kernel"]
+        kept = size["kept"] and after["kept"]
+        sizes = (before, after["channels"][1], tuple(kernel), tuple(after["kernel"][1]))
+        layers.append(Layer(name, size["kind"], kept, *sizes))
+    return layers
+
+
+def write_report(path: Path) -> list[Path]:
     """Write report.png and report.html into a run directory, finished or not; gives both paths.
 
     Raises BadInput where there is no run, and without matplotlib.
     """
-    record = read_record(run)
-    table = "not finished yet" if record.table is None else result_table(record.table)
-    drawn = plots.picture(record, table)
-    png, page = run / "report.png", run / "report.html"
+    run = read_run(path)
+    if not _can_draw():
+        raise BadInput("report needs matplotlib: pip install 'n2n_fast[plot]'")
+    drawn = _picture(run)
+    png, page = path / "report.png", path / "report.html"
     png.write_bytes(drawn)
-    page.write_text(_page(record, drawn), encoding="utf-8")
+    page.write_text(_page(run, drawn), encoding="utf-8")
     return [png, page]
 
 
-def draw_if_possible(run: Path, tensorboard: bool, warn: Callable[[str], None]) -> None:
+def draw_if_possible(path: Path, warn: Callable[[str], None]) -> None:
     """The report of a run that has just ended, where matplotlib is; what fails is told to `warn`, nothing is raised."""
-    for wanted, write in ((plots.available(), write_report), (tensorboard, write_tensorboard)):
-        if wanted:
-            try:
-                write(run)
-            except Exception as error:  # noqa: BLE001 - the search is done: no drawing may spoil it
-                warn(f"warning: no report ({first_line(error)}); try n2n-fast report {run}")
+    if _can_draw():
+        try:
+            write_report(path)
+        except Exception as error:  # noqa: BLE001 - the search is done: no drawing may spoil it
+            warn(f"warning: no report ({first_line(error)}); try n2n-fast report {path}")
 
 
-def _page(record: RunRecord, drawn: bytes) -> str:
+def _can_draw() -> bool:
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+# The picture
+
+
+def _picture(run: Run) -> bytes:
+    """A run as one PNG."""
+    from matplotlib.figure import Figure
+
+    layers = [layer for layer in run.layers if layer.kind in DRAWN_KINDS and layer.teacher_channels]
+    figure: Any = Figure(figsize=(16, 12.5 + 4.5 * bool(layers)), dpi=100, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
+    parts = figure.subfigures(2, height_ratios=(12.5, 4.5)) if layers else [figure]
+    _panels(parts[0], run)
+    if layers:
+        _draw_layers(parts[1].add_subplot(), layers)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": "n2n-fast"})
+    return file.getvalue()
+
+
+def _panels(figure: Any, run: Run) -> None:
+    """Rewards, costs and predictions, a row each; beside them the table and the legends."""
+    grid = figure.add_gridspec(3, 3, width_ratios=(3, 3, 2))
+
+    def row(number: int, count: int) -> list[Axes]:
+        columns = [slice(0, 2)] if count == 1 else [slice(0, 1), slice(1, 2)]
+        return [figure.add_subplot(grid[number, column]) for column in columns]
+
+    rows = [row(0, len(run.stages)), row(1, 2), row(2, len(run.stages))]
+    for stage, rewards, predictions in zip(run.stages, rows[0], rows[2], strict=True):
+        _draw_rewards(rewards, stage)
+        _draw_predictions(predictions, stage)
+    for axes, by in zip(rows[1], COSTS, strict=True):
+        _draw_costs(axes, run, by)
+    beside = [figure.add_subplot(grid[number, 2]) for number in range(3)]
+    table = "not finished yet" if run.table is None else result_table(run.table)
+    beside[0].text(0, 1, table, family="monospace", fontsize=SMALL, va="top", ha="left", linespacing=1.6)
+    for axes, panels in zip(beside, ([], *rows[1:]), strict=True):
+        axes.set_axis_off()
+        entries = {
+            label: handle for of in panels for handle, label in zip(*of.get_legend_handles_labels(), strict=True)
+        }
+        if entries:
+            axes.legend(entries.values(), entries.keys(), loc="upper left", fontsize=SMALL, frameon=False)
+
+
+def _style(axes: Axes, title: str, x: str, y: str, shares: Sequence[Any] = ()) -> None:
+    """Titles and grid. shares: axes of accuracies, labelled in percent."""
+    from matplotlib.ticker import PercentFormatter
+
+    axes.set_title(title, fontsize=BIG, loc="left", color=INK)
+    axes.set_xlabel(x, fontsize=SMALL + 1)
+    axes.set_ylabel(y, fontsize=SMALL + 1)
+    axes.tick_params(labelsize=SMALL)
+    axes.grid(color=LIGHT, linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    for axis in shares:
+        axis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _scatter(axes: Axes, points: Iterable[tuple[Any, Any]], label: str, **style: Any) -> None:
+    """Points (x, y), where there are any."""
+    points = list(points)
+    if points:
+        axes.scatter(*zip(*points, strict=True), label=label, **style)
+
+
+def _draw_rewards(axes: Axes, stage: Stage) -> None:
+    """Each rollout's reward and the best so far; degenerate ones at the lower edge, refitted maps as lines."""
+    _style(axes, f"{stage.name}: reward", "rollouts", "reward")
+    lines = list(enumerate(stage.rollouts, 1))
+    for feasible, marker, color, label in (
+        (True, "o", ACCENT, "rollout"),
+        (False, "x", GREY, "rollout, misses a limit"),
+    ):
+        chosen = [(n, x["reward"]) for n, x in lines if x[PREDICTED] is not None and x["feasible"] == feasible]
+        _scatter(axes, chosen, label, marker=marker, s=18, color=color, alpha=0.75)
+    failed = [(n, 0.02) for n, line in lines if line[PREDICTED] is None]
+    _scatter(axes, failed, "degenerate (−1, off the scale)", marker="v", s=22, facecolor="none", edgecolor=GREY,
+             transform=axes.get_xaxis_transform())  # fmt: skip
+    best = [(n, reward) for n, reward in enumerate(stage.best(), 1) if reward is not None]
+    if best:
+        axes.step(*zip(*best, strict=True), where="post", color=INK, linewidth=1.6, label="best so far")
+    for i, done in enumerate(sorted({done for done, _ in stage.maps})):
+        label = "" if i else "map refitted"
+        axes.axvline(done + 0.5, color=GREY, linestyle=":", linewidth=1.4, label=label)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=SMALL, framealpha=0.9)
+
+
+def _draw_costs(axes: Axes, run: Run, by: str) -> None:
+    """Accuracy against params or MACs: predicted and trained students, the front, the teacher, the final student."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    title, accuracy = f"validation accuracy against {COSTS[by]}", "validation accuracy"
+    _style(axes, title, COSTS[by], accuracy, [axes.yaxis])
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # 50 k, 2 M
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    for stage in run.stages:
+        marker = MARKERS.get(stage.name, "o")
+        predicted = [(line[by], line[PREDICTED]) for line in stage.rollouts if line[PREDICTED] is not None]
+        _scatter(axes, predicted, f"{stage.name}: accuracy only predicted", marker=marker, s=20, linewidth=0.9,
+                 facecolor="none", edgecolor=GREY)  # fmt: skip
+        trained = [(line[by], line[TRAINED]) for line in stage.trained()]
+        _scatter(axes, trained, f"{stage.name}: trained fully", marker=marker, s=34, color=ACCENT)
+    if run.front:
+        front = [(point[by], point["accuracy"]) for point in run.front[by]]
+        axes.step(
+            *zip(*front, strict=True), where="post", color=INK, linewidth=1.2, linestyle="--", label="Pareto front"
+        )
+    for part, marker, size in (("teacher", "*", 230), ("student", "D", 110)) if run.table else ():
+        point = run.table[part][by], run.table[part]["validation_accuracy"]  # type: ignore[index]
+        _scatter(axes, [point], part, marker=marker, s=size, facecolor="none", edgecolor=INK, linewidth=1.6, zorder=5)
+
+
+def _draw_predictions(axes: Axes, stage: Stage) -> None:
+    """What accuracies after a few steps were taken to mean, with the error then, and what anchors came to."""
+    _style(axes, f"{stage.name}: {_corrected(stage)}", "accuracy after a few steps", "accuracy after a full training",
+           [axes.xaxis, axes.yaxis])  # fmt: skip
+    predicted = [line for line in stage.rollouts if line[PREDICTED] is not None]
+    if predicted:
+        x, y, error = zip(*((line[SHORT], line[PREDICTED], line[ERROR] or 0.0) for line in predicted), strict=True)
+        axes.errorbar(x, y, error, fmt="o", markersize=3, color=GREY, ecolor=LIGHT, label="rollout, ± standard error")
+    anchors = [(line[SHORT], line[TRAINED]) for line in stage.anchors if None not in (line[SHORT], line[TRAINED])]
+    _scatter(axes, anchors, "anchor, trained", marker="o", s=42, color=ACCENT, zorder=4)
+    if predicted or anchors:
+        low, high = axes.get_xlim()
+        axes.plot([low, high], [low, high], color=GREY, linestyle="--", linewidth=1, label="no change")
+
+
+def _corrected(stage: Stage) -> str:
+    """What corrects a stage's accuracies, by the last map."""
+    last = stage.maps[-1][1] if stage.maps else {}
+    if not last.get("count"):
+        return "too few anchors to correct accuracies"
+    error = last.get("error")
+    return f"corrected by {last['count']} anchors" + ("" if error is None else f", {100 * error:.1f} points off")
+
+
+def _draw_layers(axes: Axes, layers: Sequence[Layer]) -> None:
+    """Teacher and student side by side: an outline as high as the teacher's layer is wide, a bar for the student's."""
+    _style(axes, "convolutions and linear layers, teacher and student (channels; above: kernel)", "", "output channels")
+    numbers = range(len(layers))
+    heights = [layer.teacher_channels or 0 for layer in layers]
+    axes.set_yscale("log", base=2)
+    axes.bar(numbers, heights, width=0.8, facecolor="none", edgecolor=INK, linewidth=0.8, label="teacher")
+    widths = [layer.channels if layer.kept else 0 for layer in layers]
+    axes.bar(numbers, widths, width=0.56, color=ACCENT, label="student")
+    gone = [(n, 0.06) for n, layer in enumerate(layers) if not layer.kept]
+    _scatter(axes, gone, "removed", marker="x", s=40, color=INK, transform=axes.get_xaxis_transform())
+    size = max(4.5, min(SMALL, 900 / len(layers)))
+    shown = slice(None, None, 1 + len(layers) // 130)
+    axes.set_xticks(numbers[shown], [layer.name for layer in layers[shown]], rotation=90, fontsize=size)
+    above = axes.secondary_xaxis("top")
+    kernels = ["→".join(_kernels(layer)) for layer in layers[shown]]
+    above.set_xticks(numbers[shown], kernels, rotation=90 if len(layers) > 24 else 0, fontsize=size)
+    above.spines["top"].set_visible(False)
+    above.tick_params(length=0)
+    axes.set_xlim(-0.6, len(layers) - 0.4)
+    axes.set_ylim(1, 2 * max(heights))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+    axes.grid(visible=False, axis="x")
+    axes.legend(fontsize=SMALL, framealpha=0.9, ncols=3, loc="upper left")
+
+
+def _kernels(layer: Layer) -> list[str]:
+    """The kernel's size in the teacher, and in the student where that is another: "3×3", "1×1"."""
+    sizes = [layer.teacher_kernel, *([layer.kernel] if layer.kept and layer.kernel != layer.teacher_kernel else [])]
+    return ["×".join(map(str, size)) for size in sizes]
+
+
+# The page
+
+
+def _page(run: Run, drawn: bytes) -> str:
     """A run as one HTML page that needs no other file."""
-    title = html.escape(f"n2n_fast: {record.path.resolve().name}")
+    title = html.escape(f"n2n_fast: {run.path.resolve().name}")
     parts = [f"<h1>{title}</h1>"]
-    if record.table is None:
+    if run.table is None:
         parts.append("<p>This run is not finished yet.</p>")
     else:
-        parts += ["<h2>Teacher and student</h2>", _html_table(_result_rows(record.table))]
+        parts += ["<h2>Teacher and student</h2>", _html_table(result_rows(run.table))]
     source = base64.b64encode(drawn).decode()
-    parts.append(f'<img alt="rewards, accuracies, maps and layers of the run" src="data:image/png;base64,{source}">')
-    for by, name in (("params", "params"), ("macs", "MACs")):
-        parts += [f"<h2>Pareto front: accuracy against {name}</h2>", _html_table(_front_rows(record, by))]
-    for stage in record.stages:
-        parts += [f"<h2>Anchors of {html.escape(stage.name)}</h2>", f"<p>{_map_text(stage)}</p>"]
+    parts.append(f'<img alt="rewards, accuracies and layers of the run" src="data:image/png;base64,{source}">')
+    for by, points in (run.front or {}).items():
+        parts += [f"<h2>Pareto front: accuracy against {COSTS[by]}</h2>", _html_table(_front_rows(points))]
+    for stage in run.stages:
+        parts += [f"<h2>Anchors of {html.escape(stage.name)}</h2>", f"<p>Accuracies are {_corrected(stage)}.</p>"]
         parts.append(_html_table(_anchor_rows(stage)))
-    if record.layers:
-        removed = [not layer.kept for layer in record.layers]
-        parts += ["<h2>Layers</h2>", _html_table(_layer_rows(record.layers), removed)]
-    settings = html.escape(json.dumps(record.settings, indent=2))
+    if run.layers:
+        parts += ["<h2>Layers</h2>", _html_table(_layer_rows(run.layers), [not layer.kept for layer in run.layers])]
+    settings = html.escape(json.dumps(run.settings, indent=2))
     parts.append(f"<details><summary>Settings</summary><pre>{settings}</pre></details>")
     body = "\n".join(parts)
     return (
@@ -100,7 +370,7 @@ def _page(record: RunRecord, drawn: bytes) -> str:
     )
 
 
-def _html_table(rows: Sequence[tuple[str, ...]], removed: Sequence[bool] = ()) -> str:
+def _html_table(rows: Rows, removed: Sequence[bool] = ()) -> str:
     """Rows as a table, the first one as its head. removed: rows to be struck out, one a row without the head."""
     head, *body = (tuple(html.escape(cell) for cell in row) for row in rows)
     lines = ["<table>", "<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
@@ -110,209 +380,27 @@ def _html_table(rows: Sequence[tuple[str, ...]], removed: Sequence[bool] = ()) -
     return "\n".join([*lines, "</table>"])
 
 
-def _front_rows(record: RunRecord, by: str) -> Rows:
+def _front_rows(points: Iterable[Line]) -> Rows:
     rows: Rows = [("stage", "architecture", "params", "MACs", "validation accuracy", "")]
-    for p in front(record.points(), by):
-        known = "trained fully" if p.trained else "expected"
-        rows.append((p.stage, p.architecture, f"{p.params:,}", f"{p.macs:,}", f"{p.accuracy:.2%}", known))
+    for p in points:
+        known = "trained fully" if p["trained"] else "predicted"
+        accuracy = percent(p["accuracy"])
+        rows.append((p["stage"], p["architecture"], f"{p['params']:,}", f"{p['macs']:,}", accuracy, known))
     return rows
 
 
-def _map_text(stage: StageRecord) -> str:
-    """What corrects a stage's accuracies, in a sentence."""
-    found = stage.map
-    if not found.count:
-        return "Too few anchors for a map: accuracies count as they are found."
-    line = f"logit(accuracy) = {found.intercept:.2f} + {found.slope:.2f} · logit(accuracy after a few steps)"
-    error = "" if found.error is None else f"; each anchor predicted by the others: {100 * found.error:.1f} points off"
-    final = (
-        ""
-        if found.remaining == 1
-        else f" The final training leaves {found.remaining:.0%} of the distance to the teacher,"
-        f" but adds no more than {found.gain:.2f} logits."
-    )
-    return f"{line}, by {found.count} anchors{error}.{final}"
-
-
-def _anchor_rows(stage: StageRecord) -> Rows:
-    rows: Rows = [("architecture", "params", "MACs", "after a few steps", "trained fully", "the map says")]
+def _anchor_rows(stage: Stage) -> Rows:
+    rows: Rows = [("architecture", "params", "MACs", "after a few steps", "trained fully")]
     for line in stage.anchors:
-        proxy = line["proxy_accuracy"]
-        said = "none" if proxy is None else "{:.2%} ± {:.2%}".format(*stage.map(proxy))
-        found = (_percent(proxy), _percent(line["accuracy"]), said)
-        rows.append((line["architecture"], f"{line['params']:,}", f"{line['macs']:,}", *found))
+        accuracies = (percent(line[SHORT]), percent(line[TRAINED]))
+        rows.append((line["architecture"], f"{line['params']:,}", f"{line['macs']:,}", *accuracies))
     return rows
 
 
-def _layer_rows(layers: Iterable[LayerRecord]) -> Rows:
+def _layer_rows(layers: Iterable[Layer]) -> Rows:
     rows: Rows = [("layer", "kind", "channels, teacher", "student", "kernel, teacher", "student")]
     for layer in layers:
-        widths = [str(width or "") for width in (layer.teacher_channels, layer.channels)]
-        kernels = ["×".join(map(str, kernel)) for kernel in (layer.teacher_kernel, layer.kernel)]
-        if not layer.kept:
-            widths[1], kernels[1] = "removed", ""
-        rows.append((layer.name, layer.kind, *widths, *kernels))
+        width = str(layer.channels or "") if layer.kept else "removed"
+        kernels = ("×".join(map(str, size)) for size in (layer.teacher_kernel, layer.kernel if layer.kept else ()))
+        rows.append((layer.name, layer.kind, str(layer.teacher_channels or ""), width, *kernels))
     return rows
-
-
-def check_tensorboard() -> None:
-    """Raise BadInput where TensorBoard's files cannot be written."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError:
-        raise BadInput("--tensorboard needs tensorboard: pip install tensorboard") from None
-
-
-def write_tensorboard(run: Path) -> Path:
-    """Write a run's history into its directory `tensorboard`, in place of what was there; gives that directory.
-
-    Raises BadInput where there is no run, and without tensorboard.
-    """
-    check_tensorboard()
-    from torch.utils.tensorboard import SummaryWriter
-
-    record, directory = read_record(run), run / TENSORBOARD
-    for old in directory.glob("events.out.tfevents.*"):
-        old.unlink()
-    with SummaryWriter(str(directory)) as writer:
-        for tag, value, step in _scalars(record):
-            writer.add_scalar(tag, value, step)
-    return directory
-
-
-def _scalars(record: RunRecord) -> Iterator[tuple[str, float, int]]:
-    """(tag, value, rollouts of the stage until then) of all that the picture shows against rollouts."""
-    for stage in record.stages:
-        for step, (line, best) in enumerate(zip(stage.rollouts, stage.best(), strict=True), 1):
-            found = {key: line[key] for key in ("reward", "accuracy", "proxy_accuracy", "params", "macs")}
-            for key, value in {**found, "best_reward": best}.items():
-                if value is not None:
-                    yield f"{stage.name}/{key}", value, step
-        for step, fitted in stage.maps:
-            if fitted.error is not None:
-                yield f"{stage.name}/leave_one_out_error", fitted.error, step
-
-
-def export_table(exported: Exported) -> str:
-    """What was written and how it compares with the student, as aligned text."""
-    rows: Rows = [("", "student", "exported")]
-    rows.append(("size on disk", f"{exported.student_bytes / 1e6:.3f} MB", f"{exported.bytes / 1e6:.3f} MB"))
-    for count, latencies in exported.latencies.items():
-        name = f"latency, {count} image{'s' if count > 1 else ''}"
-        rows.append((name, *(f"{latency:.3f} ms" for latency in latencies)))
-    told = ["any batch size" if exported.batch is None else f"batches of {exported.batch}"]
-    if exported.opset is not None:
-        told.append(f"opset {exported.opset}")
-    if exported.norms:
-        told.append(f"{exported.folded} of {exported.norms} batch norms folded")
-    told.append(f"largest difference of logits {exported.difference:.1e}")
-    return f"{_aligned(rows)}\n\n{exported.path}: {', '.join(told)}"
-
-
-def plan_table(plan: Plan) -> str:
-    """A search to come, as aligned text."""
-    rows: Rows = [("stage", "choices", "architectures", "rollouts", "one takes", "full trainings", "all of it")]
-    for stage in plan.stages:
-        size = f"10^{stage.architectures_log10:.1f}"
-        times = (f"{stage.rollout_seconds:.2f} s", str(stage.trainings), _duration(stage.seconds))
-        rows.append((stage.name, str(stage.choices), size, str(stage.rollouts), *times))
-    told = f"teacher: {plan.params:,} params, {plan.macs:,} MACs"
-    warnings = "".join(f"\nwarning: {warning}" for warning in plan.warnings)
-    return f"{told}\n\n{_aligned(rows)}\n\nat most about {_duration(plan.seconds)} here; nothing was written{warnings}"
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as they are said: "40 s", "12 min", "3.5 h"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
-
-
-def layer_table(space: ArchitectureSpace) -> str:
-    """The layers as the policies see them, aligned text."""
-    rows: Rows = [
-        ("layer", "kind", "k", "s", "p", "n", "skip", "group", "removable", "width", "kernel", "weights"),
-    ]
-    channels, kernels = space.choices(space.teacher)
-    for layer, chooses, crops in zip(space.layers, channels, kernels, strict=True):
-        sizes = ("x".join(map(str, size)) for size in (layer.kernel_size, layer.stride, layer.padding))
-        skip = f"{layer.skip_start}/{layer.skip_end}" if layer.skip_start else ""
-        groups = "+".join(map(str, layer.groups[:3])) + ("+..." if len(layer.groups) > 3 else "")
-        removable = "yes" if layer.removable else f"no: {layer.note}"
-        width = "chosen" if chooses else layer.width_note or "too narrow to shrink"
-        fit = f"sliced: {layer.fit_note}" if layer.fit_note else ""
-        rows.append(
-            (layer.name, layer.kind, *sizes, str(layer.out_channels), skip, groups, removable, width, _yes(crops), fit)
-        )
-    return _aligned(rows, left=(0, 1, 8, 9, 11))
-
-
-def space_summary(space: ArchitectureSpace) -> dict[str, Any]:
-    """The same, and what can be reached, for programs; "smallest": every ratio 0.1, nothing removed."""
-    channels, kernels = space.choices(space.teacher)
-    smallest = _at(space, 0.1, 0.1)
-    layers = [
-        {**asdict(layer), "chooses_width": width, "chooses_kernel": kernel}
-        for layer, width, kernel in zip(space.layers, channels, kernels, strict=True)
-    ]
-    return {
-        "params": space.teacher.params,
-        "macs": space.teacher.macs,
-        "smallest_params": smallest.params,
-        "smallest_macs": smallest.macs,
-        "compression": space.teacher.params / smallest.params,
-        "round_to": space.round_to,
-        "rounding_costs": _rounding(space) if space.round_to > 1 else {},
-        "features": space.features().tolist(),
-        "layers": layers,
-        "warnings": list(space.warnings),
-    }
-
-
-def reach(space: ArchitectureSpace) -> str:
-    """What the smallest student saves, and what rounding costs."""
-    smallest = _at(space, 0.1, 0.1)
-    text = (
-        f"{space.teacher.params:,} params, {space.teacher.macs:,} MACs; with every ratio at 0.1 "
-        f"{_times(space.teacher.params, smallest.params)} times fewer params, "
-        f"{_times(space.teacher.macs, smallest.macs)} times fewer MACs"
-    )
-    if space.round_to > 1:
-        costs = (f"at ratio {ratio}: {cost:+.1%} params" for ratio, cost in _rounding(space).items())
-        text += f"\nwidths in multiples of {space.round_to} cost, {', '.join(costs)}"
-    return text
-
-
-def _rounding(space: ArchitectureSpace) -> dict[str, float]:
-    """How many more params a student has by rounding, as a share, at some ratios."""
-    exact = space.unrounded()
-    return {str(r): _at(space, r).params / _at(exact, r).params - 1 for r in (0.1, 0.25, 0.5, 0.75)}
-
-
-def _at(space: ArchitectureSpace, ratio: float, kernel: float = 1.0) -> Architecture:
-    count = len(space.layers)
-    return space.shrink(space.teacher, [ratio] * count, [kernel] * count)
-
-
-def _times(a: int, b: int) -> str:
-    return f"{a / max(1, b):.{0 if a > 10 * b else 1}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "none" if value is None else f"{value:.2%}"
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else ""
-
-
-def _aligned(rows: Rows, left: tuple[int, ...] = (0,)) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)

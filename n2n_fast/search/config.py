@@ -1,8 +1,10 @@
-"""The settings of a search."""
+"""The settings of a search: each is declared here alone, with its type, default, bounds and a line of help."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+import types
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, get_args, get_origin
 
 from n2n_fast.files.errors import BadInput
 from n2n_fast.networks.space import INITS, SALIENCIES
@@ -10,87 +12,92 @@ from n2n_fast.search.reward import OBJECTIVES
 
 STAGES = {"both": ("removal", "shrinkage"), "removal": ("removal",), "shrinkage": ("shrinkage",)}
 
+Rule = tuple[str, Callable[[Any], bool]]  # what is allowed, in words and as a test
+ANY: Rule = ("", lambda _: True)
+COUNT: Rule = ("at least 1", lambda n: n >= 1)
+AMOUNT: Rule = ("at least 0", lambda x: 0 <= x < math.inf)
+POSITIVE: Rule = ("above 0", lambda x: 0 < x < math.inf)
+SHARE: Rule = ("between 0 and 1", lambda x: 0 <= x <= 1)
+INNER_SHARE: Rule = ("between 0 and 1", lambda x: 0 < x < 1)
+DECAY: Rule = ("at least 0 and below 1", lambda x: 0 <= x < 1)
+NAMES: Rule = ("names of modules, separated by commas", lambda _: True)
+RATIOS: Rule = (
+    "ratios in (0, 1], the last of them 1",
+    lambda ratios: bool(ratios) and ratios[-1] == 1 and all(0 < ratio <= 1 for ratio in ratios),
+)
+
+
+def one_of(*names: str) -> Rule:
+    """One of these names."""
+    return f"one of {', '.join(names)}", lambda name: name in names
+
+
+def setting(default: Any, meaning: str, rule: Rule = ANY) -> Any:
+    """A field of SearchConfig with its line of help and what it may be."""
+    return field(default=default, metadata={"help": meaning, "allowed": rule[0], "test": rule[1]})
+
 
 @dataclass(frozen=True)
 class SearchConfig:
     """The settings of a search; written to config.json of its run directory. `paper` gives the paper's."""
 
-    stages: str = "both"  # both, removal or shrinkage
-    updates: int = 20  # of the policy, in each stage
-    rollouts: int = 5  # students evaluated for each update
-    rollout_steps: int = 20  # training steps of a rollout's student; 0: as its fitted weights are
-    epochs: float | None = None  # instead of rollout_steps: a rollout's student is trained for this many epochs
-    validation_images: int | None = 2000  # that a rollout's student is tried on, always the same; None: all
-    reuse: bool = True  # an architecture seen before is not evaluated again
-    anchors: int = 5  # students trained fully before a stage, to correct the accuracy after rollout_steps; 0: none
-    anchor_epochs: float = 1.0  # of their training
-    anchor_every: int = 10  # updates after which another anchor is taken from where the policy is; 0: never
-    stage_epochs: float = 1.0  # for the best student of stage 1, from which stage 2 starts
-    final_epochs: float = 10.0  # for the best students of the last stage
-    keep_top: int = 2  # how many of them are trained so; the best by validation is the result
-    init: str = "fitted"  # what students start from: fitted, sliced or random
-    saliency: str | None = None  # activations or l1; default: activations where weights are fitted to them
-    batch_size: int = 128
-    learning_rate: float = 0.01  # peak, for a rollout's student: fitted weights of a wide net want small steps
-    final_learning_rate: float = 0.05  # peak, for longer trainings; times the root of steps / 400 for fewer
-    kd_weight: float = 0.1  # λ in L = L_hard + λ L_KD
-    round_to: int = 1  # shrunk widths are multiples of this many channels
-    leaf: tuple[str, ...] = ()  # submodules of the teacher that are each one opaque layer
-    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of stage 2, ending with 1
-    keep_probability: float | None = None  # that untrained policies keep a layer, or a kernel's size; None: they
-    # begin by imitating the best of the first anchors, 0.8 without anchors
-    hidden: int = 30  # units of each LSTM layer
-    lstm_layers: int = 2
-    removal_learning_rate: float = 0.003  # Adam's, stage 1; 0: the policy stays as it is, a random search
-    shrinkage_learning_rate: float = 0.003  # Adam's, stage 2; the same
-    normalise: bool = True  # divide the advantages of an update by their root mean square
-    entropy: float = 0.0  # weight of the policy's entropy, which holds it from settling early
-    baseline_decay: float = 0.8  # of the moving average of rewards
-    objective: str = "params"  # what C counts: params, macs or latency
-    max_params: int | None = None
-    max_macs: int | None = None
-    max_latency: float | None = None  # ms on this device, for latency_batch images
-    latency_batch: int = 1
-    min_accuracy: float | None = None  # on the validation split, in [0, 1]
-    max_drop: float | None = None  # of validation accuracy below the teacher's, in points
-    penalty: float | None = 20.0  # times the share by which limits are missed: the part of the way to -1; None: all
-    calibration_images: int = 512  # unlabelled, for fitted weights and batch norm statistics
-    seed: int = 0
+    stages: str = setting("both", "Remove layers, shrink them, or both.", one_of(*STAGES))
+    updates: int = setting(20, "Policy updates in each stage.", COUNT)
+    rollouts: int = setting(5, "Students evaluated for each update.", COUNT)
+    rollout_steps: int = setting(20, "Training steps of a rollout's student; 0 trains none.", AMOUNT)
+    epochs: float | None = setting(None, "Train a rollout's student for these epochs, not rollout_steps.", AMOUNT)
+    validation_images: int | None = setting(2000, "Images on which a rollout's student is tried; none: all.", COUNT)
+    reuse: bool = setting(True, "Do not evaluate an architecture twice.")
+    anchors: int = setting(5, "Students trained fully before a stage, to correct accuracies; 0: none.", AMOUNT)
+    anchor_epochs: float = setting(1.0, "Epochs of an anchor's training.", AMOUNT)
+    anchor_every: int = setting(10, "Updates after which one more anchor is trained; 0: never.", AMOUNT)
+    stage_epochs: float = setting(1.0, "Epochs for the best student of stage 1, from which stage 2 starts.", AMOUNT)
+    final_epochs: float = setting(10.0, "Epochs for the best students of the last stage.", AMOUNT)
+    keep_top: int = setting(2, "Best students trained fully; the best by validation is the result.", COUNT)
+    init: str = setting("fitted", "Weights from which students start.", one_of(*INITS))
+    saliency: str | None = setting(
+        None, "Importance by which channels are kept; none: activations where weights are fitted.", one_of(*SALIENCIES)
+    )
+    batch_size: int = setting(128, "Images per training step.", COUNT)
+    learning_rate: float = setting(0.01, "Peak learning rate of a rollout's student.", POSITIVE)
+    final_learning_rate: float = setting(
+        0.05, "Peak learning rate of longer trainings, times the root of steps / 400 for fewer.", POSITIVE
+    )
+    kd_weight: float = setting(0.1, "Weight λ of distillation in L = L_hard + λ L_KD.", AMOUNT)
+    round_to: int = setting(1, "Shrink widths to multiples of this many channels.", COUNT)
+    leaf: tuple[str, ...] = setting((), "Submodules of the teacher that are each one opaque layer.", NAMES)
+    ratios: tuple[float, ...] = setting(
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), "Ratios that stage 2 chooses from.", RATIOS
+    )
+    keep_probability: float | None = setting(
+        None,
+        "Probability that untrained policies keep a layer; none: imitate the best anchor, 0.8 without anchors.",
+        INNER_SHARE,
+    )
+    hidden: int = setting(30, "Units of each LSTM layer of the policies.", COUNT)
+    lstm_layers: int = setting(2, "LSTM layers of the policies.", COUNT)
+    removal_learning_rate: float = setting(0.003, "Adam's learning rate in stage 1; 0: random search.", AMOUNT)
+    shrinkage_learning_rate: float = setting(0.003, "Adam's learning rate in stage 2; 0: random search.", AMOUNT)
+    normalise: bool = setting(True, "Divide an update's advantages by their root mean square.")
+    entropy: float = setting(0.0, "Weight of the policy's entropy, which keeps it from settling early.", AMOUNT)
+    baseline_decay: float = setting(0.8, "Decay of the moving average of rewards.", DECAY)
+    objective: str = setting("params", "What the compression in the reward counts.", one_of(*OBJECTIVES))
+    max_params: int | None = setting(None, "The student has no more parameters.", COUNT)
+    max_macs: int | None = setting(None, "The student needs no more MACs for an image.", COUNT)
+    max_latency: float | None = setting(None, "The student takes no longer on this device, in ms.", POSITIVE)
+    latency_batch: int = setting(1, "Images in a batch whose latency is measured.", COUNT)
+    min_accuracy: float | None = setting(None, "The student reaches this validation accuracy.", SHARE)
+    max_drop: float | None = setting(None, "The student loses at most this many points of accuracy.", AMOUNT)
+    penalty: float | None = setting(
+        20.0, "Times the share by which a limit is missed: how far the reward falls to -1; none: all the way.", AMOUNT
+    )
+    calibration_images: int = setting(512, "Unlabelled images for fitted weights and batch norms.", COUNT)
+    seed: int = setting(0, "Seed of all that is drawn; on a CPU it repeats a run.")
 
     def __post_init__(self) -> None:
         """Raise BadInput for values that no search can use."""
-        for name, (valid, allowed) in self._rules().items():
-            if not valid:
-                raise BadInput(f"{name}: {getattr(self, name)}; give {allowed}")
-
-    def _rules(self) -> dict[str, tuple[bool, str]]:
-        """For each setting that can be wrong, whether it is right, and what would be."""
-
-        def every(allowed: str, test: Any, *names: str) -> dict[str, tuple[bool, str]]:
-            values = {name: getattr(self, name) for name in names}
-            return {name: (value is None or bool(test(value)), allowed) for name, value in values.items()}
-
-        def choice(name: str, *among: str) -> dict[str, tuple[bool, str]]:
-            return every(f"one of {', '.join(among)}", lambda value: value in among, name)
-
-        return {
-            **choice("stages", *STAGES),
-            **choice("init", *INITS),
-            **choice("saliency", *SALIENCIES),
-            **choice("objective", *OBJECTIVES),
-            **every("at least 1", lambda n: n >= 1, "updates", "rollouts", "batch_size", "round_to", "keep_top",
-                    "validation_images", "max_params", "max_macs", "latency_batch", "hidden", "lstm_layers",
-                    "calibration_images"),
-            **every("at least 0", lambda x: 0 <= x < math.inf, "rollout_steps", "epochs", "anchors", "anchor_epochs",
-                    "anchor_every", "stage_epochs", "final_epochs", "kd_weight", "removal_learning_rate",
-                    "shrinkage_learning_rate", "entropy", "max_drop", "penalty"),
-            **every("above 0", lambda x: 0 < x < math.inf, "learning_rate", "final_learning_rate", "max_latency"),
-            **every("between 0 and 1", lambda x: 0 < x < 1, "keep_probability"),
-            **every("between 0 and 1", lambda x: 0 <= x <= 1, "min_accuracy"),
-            **every("at least 0 and below 1", lambda x: 0 <= x < 1, "baseline_decay"),
-            **every("ratios in (0, 1], the last of them 1", lambda ratios: ratios and ratios[-1] == 1
-                    and all(0 < ratio <= 1 for ratio in ratios), "ratios"),
-        }  # fmt: skip
+        for one in fields(self):
+            _check(one, getattr(self, one.name))
 
     @property
     def times(self) -> bool:
@@ -105,6 +112,46 @@ class SearchConfig:
         advantages and the learning rates of its section 4.
         """
         return cls(**{**PAPER, **settings})
+
+
+Setting = Field[Any]  # of SearchConfig
+SETTINGS: dict[str, Setting] = {one.name: one for one in fields(SearchConfig)}
+_KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}
+_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def allowed(setting: Setting) -> str:
+    """What a setting may be, in words."""
+    kind, _, optional = _type(setting)
+    told = setting.metadata["allowed"] or _KINDS[kind]
+    return f"{told}, or none" if optional and setting.default is not None else told
+
+
+def parse(setting: Setting, text: str) -> Any:
+    """A setting's value from text, by its type: 3, 0.5, true, none, or a,b for several. Raises BadInput."""
+    kind, several, optional = _type(setting)
+    read: Callable[[str], Any] = (lambda part: _BOOLS[part.lower()]) if kind is bool else kind
+    try:
+        if optional and text.lower() == "none":
+            return None
+        value = tuple(map(read, filter(None, text.split(",")))) if several else read(text)
+    except (KeyError, ValueError):
+        raise BadInput(f"{setting.name}: {text}; give {allowed(setting)}") from None
+    _check(setting, value)
+    return value
+
+
+def _check(setting: Setting, value: Any) -> None:
+    """Raise BadInput for a value that the setting may not have."""
+    test = setting.metadata["test"]
+    if not (_type(setting)[2] if value is None else test(value)):
+        raise BadInput(f"{setting.name}: {value}; give {setting.metadata['allowed'] or allowed(setting)}")
+
+
+def _type(setting: Setting) -> tuple[type, bool, bool]:
+    """Of a setting's type: what one value is, whether it takes several, whether it may be None."""
+    parts = get_args(setting.type) or (setting.type,)
+    return parts[0], get_origin(setting.type) is tuple, types.NoneType in parts
 
 
 PAPER: dict[str, Any] = {

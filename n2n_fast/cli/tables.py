@@ -1,0 +1,155 @@
+"""What commands print as aligned text: results, exports, plans, layers."""
+
+from dataclasses import asdict
+from typing import Any
+
+from n2n_fast.cli.export import Exported
+from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.space import ArchitectureSpace
+from n2n_fast.search.plan import Plan
+
+Rows = list[tuple[str, ...]]
+
+
+def result_table(table: dict[str, Any]) -> str:
+    """The final table of result.json as aligned text: teacher and student side by side."""
+    return _aligned(result_rows(table))
+
+
+def result_rows(table: dict[str, Any]) -> Rows:
+    teacher, student = table["teacher"], table["student"]
+    return [
+        ("", "teacher", "student"),
+        *((name, f"{teacher[key]:,}", f"{student[key]:,}") for name, key in (("params", "params"), ("MACs", "macs"))),
+        ("size on disk", *(f"{part['bytes'] / 1e6:.2f} MB" for part in (teacher, student))),
+        ("latency, 1 image", *(f"{part['latency_ms']:.2f} ms" for part in (teacher, student))),
+        ("latency, 64 images", *(f"{part['latency_ms_64']:.2f} ms" for part in (teacher, student))),
+        ("validation accuracy", *(percent(part["validation_accuracy"]) for part in (teacher, student))),
+        ("test accuracy", *(percent(part["test_accuracy"]) for part in (teacher, student))),
+        ("compression", "1.0x", f"{table['compression']:.1f}x"),
+    ]
+
+
+def export_table(exported: Exported) -> str:
+    """What was written and how it compares with the student, as aligned text."""
+    rows: Rows = [("", "student", "exported")]
+    rows.append(("size on disk", f"{exported.student_bytes / 1e6:.3f} MB", f"{exported.bytes / 1e6:.3f} MB"))
+    for count, latencies in exported.latencies.items():
+        name = f"latency, {count} image{'s' if count > 1 else ''}"
+        rows.append((name, *(f"{latency:.3f} ms" for latency in latencies)))
+    told = ["any batch size" if exported.batch is None else f"batches of {exported.batch}"]
+    if exported.opset is not None:
+        told.append(f"opset {exported.opset}")
+    if exported.norms:
+        told.append(f"{exported.folded} of {exported.norms} batch norms folded")
+    told.append(f"largest difference of logits {exported.difference:.1e}")
+    return f"{_aligned(rows)}\n\n{exported.path}: {', '.join(told)}"
+
+
+def plan_table(plan: Plan) -> str:
+    """A search to come, as aligned text."""
+    rows: Rows = [("stage", "choices", "architectures", "rollouts", "one takes", "full trainings", "all of it")]
+    for stage in plan.stages:
+        size = f"10^{stage.architectures_log10:.1f}"
+        times = (f"{stage.rollout_seconds:.2f} s", str(stage.trainings), _duration(stage.seconds))
+        rows.append((stage.name, str(stage.choices), size, str(stage.rollouts), *times))
+    told = f"teacher: {plan.params:,} params, {plan.macs:,} MACs"
+    warnings = "".join(f"\nwarning: {warning}" for warning in plan.warnings)
+    return f"{told}\n\n{_aligned(rows)}\n\nat most about {_duration(plan.seconds)} here; nothing was written{warnings}"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as they are said: "40 s", "12 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def layer_table(space: ArchitectureSpace) -> str:
+    """The layers as the policies see them, aligned text."""
+    rows: Rows = [
+        ("layer", "kind", "k", "s", "p", "n", "skip", "group", "removable", "width", "kernel", "weights"),
+    ]
+    channels, kernels = space.choices(space.teacher)
+    for layer, chooses, crops in zip(space.layers, channels, kernels, strict=True):
+        sizes = ("x".join(map(str, size)) for size in (layer.kernel_size, layer.stride, layer.padding))
+        skip = f"{layer.skip_start}/{layer.skip_end}" if layer.skip_start else ""
+        groups = "+".join(map(str, layer.groups[:3])) + ("+..." if len(layer.groups) > 3 else "")
+        removable = "yes" if layer.removable else f"no: {layer.note}"
+        width = "chosen" if chooses else layer.width_note or "too narrow to shrink"
+        fit = f"sliced: {layer.fit_note}" if layer.fit_note else ""
+        rows.append(
+            (layer.name, layer.kind, *sizes, str(layer.out_channels), skip, groups, removable, width, _yes(crops), fit)
+        )
+    return _aligned(rows, left=(0, 1, 8, 9, 11))
+
+
+def space_summary(space: ArchitectureSpace) -> dict[str, Any]:
+    """The same, and what can be reached, for programs; "smallest": every ratio 0.1, nothing removed."""
+    channels, kernels = space.choices(space.teacher)
+    smallest = _at(space, 0.1, 0.1)
+    layers = [
+        {**asdict(layer), "chooses_width": width, "chooses_kernel": kernel}
+        for layer, width, kernel in zip(space.layers, channels, kernels, strict=True)
+    ]
+    return {
+        "params": space.teacher.params,
+        "macs": space.teacher.macs,
+        "smallest_params": smallest.params,
+        "smallest_macs": smallest.macs,
+        "compression": space.teacher.params / smallest.params,
+        "round_to": space.round_to,
+        "rounding_costs": _rounding(space) if space.round_to > 1 else {},
+        "features": space.features().tolist(),
+        "layers": layers,
+        "warnings": list(space.warnings),
+    }
+
+
+def reach(space: ArchitectureSpace) -> str:
+    """What the smallest student saves, and what rounding costs."""
+    smallest = _at(space, 0.1, 0.1)
+    text = (
+        f"{space.teacher.params:,} params, {space.teacher.macs:,} MACs; with every ratio at 0.1 "
+        f"{_times(space.teacher.params, smallest.params)} times fewer params, "
+        f"{_times(space.teacher.macs, smallest.macs)} times fewer MACs"
+    )
+    if space.round_to > 1:
+        costs = (f"at ratio {ratio}: {cost:+.1%} params" for ratio, cost in _rounding(space).items())
+        text += f"\nwidths in multiples of {space.round_to} cost, {', '.join(costs)}"
+    return text
+
+
+def _rounding(space: ArchitectureSpace) -> dict[str, float]:
+    """How many more params a student has by rounding, as a share, at some ratios."""
+    exact = space.unrounded()
+    return {str(r): _at(space, r).params / _at(exact, r).params - 1 for r in (0.1, 0.25, 0.5, 0.75)}
+
+
+def _at(space: ArchitectureSpace, ratio: float, kernel: float = 1.0) -> Architecture:
+    count = len(space.layers)
+    return space.shrink(space.teacher, [ratio] * count, [kernel] * count)
+
+
+def _times(a: int, b: int) -> str:
+    return f"{a / max(1, b):.{0 if a > 10 * b else 1}f}"
+
+
+def percent(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2%}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else ""
+
+
+def _aligned(rows: Rows, left: tuple[int, ...] = (0,)) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
