@@ -58,7 +58,7 @@ from n2n_fast.search.transition import Transition
 from n2n_fast.training import teachers
 from n2n_fast.training.batches import Batches, TeacherLogits
 from n2n_fast.training.data import accuracy
-from n2n_fast.training.distill import fit, recalibrate, seeded
+from n2n_fast.training.distill import recalibrate, seeded, train
 
 HERE = Path(__file__).parent / "results"
 WORK = Path("build") / "fashion_mnist"  # what is too large to keep
@@ -158,7 +158,7 @@ def proxy(directory, name, number):
         given = teacher_logits(directory, name), calibration(directory, name), SearchConfig(rollout_steps=steps)
         evaluator = Evaluator("proxy", space, found, *given)
         evaluation = evaluator.evaluate(arch, seed=0)
-        row[f"steps {steps}"] = evaluation.accuracy
+        row[f"steps {steps}"] = evaluation.short_accuracy
         row[f"seconds {steps}"] = sum(evaluation.seconds.values())
     for epochs in (10.0,) if number < STUDENTS else (1.0, 10.0):
         start = time.perf_counter()
@@ -239,7 +239,7 @@ def halving(directory, name, seed):
     file = WORK / f"{name}-search-{seed}" / "checkpoint.pt"
     if not file.exists():
         raise SystemExit(f"{name}-search-{seed} comes first, its directory in {WORK} is needed")
-    removed = torch.load(file)["trained"][0]
+    removed = torch.load(file)["finished"][0]
     found, fitted, whole = images(directory, name), calibration(directory, name), calibrated(directory, name)
     student = restored(whole, Architecture.from_json(removed["architecture"]), removed["student"])
     space = n2n_fast.ArchitectureSpace(student, fitted[:2], fitted)
@@ -255,10 +255,10 @@ def halving(directory, name, seed):
         if line["kind"] == "rollout" and line["stage"] == "shrinkage" and line["update"] % 2 and not line["cached"]:
             arch = transition(line["actions"])
             assert arch.key == line["architecture"]
-            row = {"update": line["update"], "searched": line["proxy_accuracy"]}
+            row = {"update": line["update"], "searched": line["short_accuracy"]}
             for kind, evaluator in evaluators.items():
                 evaluation = evaluator.evaluate(arch, seed=1)
-                row |= {kind: evaluation.accuracy, f"seconds {kind}": sum(evaluation.seconds.values())}
+                row |= {kind: evaluation.short_accuracy, f"seconds {kind}": sum(evaluation.seconds.values())}
             rows.append(row)
     return {"students": rows}
 
@@ -275,7 +275,7 @@ def trained_alike(directory, name, seed, model):
     batches = Batches(found.train, logits, *given, views=views)
     start = time.perf_counter()
     with seeded(seed, CPU):
-        fit(model, batches, learning_rate=config.final_learning_rate, kd_weight=config.kd_weight)
+        train(model, batches, learning_rate=config.final_learning_rate, kd_weight=config.kd_weight)
     params = sum(p.numel() for p in model.parameters())
     return {"params": params, "seconds": time.perf_counter() - start, **accuracies(model, found)}
 

@@ -46,15 +46,15 @@ def picture(record: RunRecord, table: str) -> bytes:
 
 
 def _panels(figure: Any, record: RunRecord, table: str) -> None:
-    """Rewards, costs and maps, a row each; beside them the table and the legends."""
+    """Rewards, costs and predictors, a row each; beside them the table and the legends."""
     grid = figure.add_gridspec(3, 3, width_ratios=(3, 3, 2))
     panels: dict[int, list[Axes]] = {
         row: [figure.add_subplot(grid[row, columns]) for columns in _columns(count)]
         for row, count in enumerate((len(record.stages), 2, len(record.stages)))
     }
-    for stage, rewards, proxy in zip(record.stages, panels[0], panels[2], strict=True):
+    for stage, rewards, predictor in zip(record.stages, panels[0], panels[2], strict=True):
         _rewards(rewards, stage)
-        _proxy_map(proxy, stage)
+        _predictor(predictor, stage)
     for axes, by in zip(panels[1], ("params", "macs"), strict=True):
         _costs(axes, record, by)
     _final_table(figure.add_subplot(grid[0, 2]), table)
@@ -94,7 +94,7 @@ def _counted(axis: Any) -> None:
 
 
 def _rewards(axes: Axes, stage: StageRecord) -> None:
-    """Each rollout's reward and the best so far; degenerate ones at the lower edge, refitted maps as lines."""
+    """Each rollout's reward and the best so far; degenerate ones at the edge; lines where the predictor learned."""
     _style(axes, f"{stage.name}: reward", "rollouts", "reward")
     numbers = range(1, len(stage.rollouts) + 1)
     marks = {(True, True): ("o", ACCENT, "rollout"), (True, False): ("x", GREY, "rollout, misses a limit")}
@@ -102,11 +102,11 @@ def _rewards(axes: Axes, stage: StageRecord) -> None:
         chosen = [
             (n, line["reward"])
             for n, line in zip(numbers, stage.rollouts, strict=True)
-            if (line["accuracy"] is not None) == evaluated and line["feasible"] == feasible
+            if (line["predicted_accuracy"] is not None) == evaluated and line["feasible"] == feasible
         ]
         if chosen:
             axes.scatter(*zip(*chosen, strict=True), marker=marker, s=18, color=color, alpha=0.75, label=label)
-    failed = [n for n, line in zip(numbers, stage.rollouts, strict=True) if line["accuracy"] is None]
+    failed = [n for n, line in zip(numbers, stage.rollouts, strict=True) if line["predicted_accuracy"] is None]
     if failed:
         edge = axes.get_xaxis_transform()
         axes.scatter(failed, [0.02] * len(failed), marker="v", s=22, facecolor="none", edgecolor=GREY, transform=edge,
@@ -114,8 +114,8 @@ def _rewards(axes: Axes, stage: StageRecord) -> None:
     best = [(n, value) for n, value in zip(numbers, stage.best(), strict=True) if value is not None]
     if best:
         axes.step(*zip(*best, strict=True), where="post", color=INK, linewidth=1.6, label="best so far")
-    for i, done in enumerate(sorted({done for done, _ in stage.maps})):
-        label = "" if i else "map refitted"
+    for i, done in enumerate(sorted({done for done, _ in stage.predictors})):
+        label = "" if i else "predictor learned"
         axes.axvline(done + 0.5, color=GREY, linestyle=":", linewidth=1.4, label=label)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=SMALL, framealpha=0.9)
@@ -148,14 +148,14 @@ def _coordinates(points: Sequence[Point], by: str) -> tuple[list[int], list[floa
     return [getattr(point, by) for point in points], [point.accuracy for point in points]
 
 
-def _proxy_map(axes: Axes, stage: StageRecord) -> None:
+def _predictor(axes: Axes, stage: StageRecord) -> None:
     """What accuracies after a few steps are taken to mean: the line, its standard error, its anchors."""
-    found, error = stage.map, stage.map.error
-    title = f"{stage.name}: map from {found.count} anchors" if found.count else f"{stage.name}: no map, too few anchors"
+    found, error = stage.predictor, stage.predictor.error
+    title = "too few anchors to predict" if not found.count else f"predicted from {found.count} anchors"
     told = "" if error is None else f"; leave-one-out error {100 * error:.1f} points"
-    _style(axes, title + told, "accuracy after a few steps", "accuracy after a full training")
-    anchors = [line for line in stage.anchors if line["accuracy"] is not None and line["proxy_accuracy"] is not None]
-    seen = [line["proxy_accuracy"] for line in (*stage.rollouts, *anchors) if line["proxy_accuracy"] is not None]
+    _style(axes, f"{stage.name}: {title}{told}", "accuracy after a few steps", "accuracy after a full training")
+    anchors = [a for a in stage.anchors if a["full_accuracy"] is not None and a["short_accuracy"] is not None]
+    seen = [line["short_accuracy"] for line in (*stage.rollouts, *anchors) if line["short_accuracy"] is not None]
     if not seen:
         return
     low, high = max(0.0, min(seen) - 0.02), min(1.0, max(seen) + 0.02)
@@ -164,12 +164,12 @@ def _proxy_map(axes: Axes, stage: StageRecord) -> None:
     line, errors = zip(*(of_anchors(x) for x in across), strict=True)
     bounds = [[min(1.0, max(0.0, y + sign * e)) for y, e in zip(line, errors, strict=True)] for sign in (-1, 1)]
     axes.fill_between(across, *bounds, color=LIGHT, alpha=0.6, linewidth=0, label="± its standard error")
-    axes.plot(across, line, color=INK, linewidth=1.6, label="map")
+    axes.plot(across, line, color=INK, linewidth=1.6, label="predicted")
     if found.remaining < 1:
         final = [found(x)[0] for x in across]
         axes.plot(across, final, color=INK, linestyle="-.", linewidth=1.2, label="after the final training")
     axes.plot([low, high], [low, high], color=GREY, linestyle="--", linewidth=1, label="no change")
-    pairs = [(line["proxy_accuracy"], line["accuracy"]) for line in anchors]
+    pairs = [(line["short_accuracy"], line["full_accuracy"]) for line in anchors]
     if pairs:
         axes.scatter(*zip(*pairs, strict=True), marker="o", s=42, color=ACCENT, zorder=4, label="anchor")
     axes.scatter(seen, [0.015] * len(seen), marker="|", s=60, color=GREY, transform=axes.get_xaxis_transform(),

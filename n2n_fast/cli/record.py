@@ -8,47 +8,49 @@ from typing import Any
 
 from n2n_fast.files.errors import BadInput
 from n2n_fast.search.pareto import Point
-from n2n_fast.search.predictor import ProxyMap
+from n2n_fast.search.predictor import AccuracyPredictor
 
 Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One stage's lines of history.jsonl. maps: how many rollouts were done when a map was fitted, and the map."""
+    """One stage's lines of history.jsonl. predictors: how many rollouts were done
+    when the accuracy predictor learned, and the predictor.
+    """
 
     name: str
     rollouts: list[Line] = field(default_factory=list)
     anchors: list[Line] = field(default_factory=list)
     finals: list[Line] = field(default_factory=list)
-    maps: list[tuple[int, ProxyMap]] = field(default_factory=list)
+    predictors: list[tuple[int, AccuracyPredictor]] = field(default_factory=list)
 
     @property
-    def map(self) -> ProxyMap:
-        """The map as it was last fitted."""
-        return self.maps[-1][1] if self.maps else ProxyMap()
+    def predictor(self) -> AccuracyPredictor:
+        """The predictor as it last learned."""
+        return self.predictors[-1][1] if self.predictors else AccuracyPredictor()
 
     def best(self) -> list[float | None]:
         """After each rollout the reward of the best so far, feasible before infeasible; None: nothing evaluated yet."""
         found: list[float | None] = []
         best: tuple[bool, float] | None = None
         for line in self.rollouts:
-            if line["accuracy"] is not None:
+            if line["predicted_accuracy"] is not None:
                 this = line["feasible"], line["reward"]
                 best = this if best is None else max(best, this)
             found.append(None if best is None else best[1])
         return found
 
     def points(self) -> list[Point]:
-        """Every evaluated student once, with what is known or else expected of it by the last map."""
-        known = {line["architecture"]: line["accuracy"] for line in (*self.anchors, *self.finals)}
+        """Every evaluated student once, with what is known or else predicted of it at last."""
+        known = {line["architecture"]: line["full_accuracy"] for line in (*self.anchors, *self.finals)}
         known |= {line["architecture"]: line["final_accuracy"] for line in self.anchors if line["final_accuracy"]}
         points = {}
         for line in (*self.rollouts, *self.anchors):
-            key, proxy = line["architecture"], line["proxy_accuracy"]
-            if proxy is not None and key not in points:
+            key, short = line["architecture"], line["short_accuracy"]
+            if short is not None and key not in points:
                 found = known.get(key)
-                accuracy = self.map(proxy)[0] if found is None else found
+                accuracy = self.predictor(short)[0] if found is None else found
                 points[key] = Point(self.name, key, line["params"], line["macs"], accuracy, found is not None)
         return list(points.values())
 
@@ -118,9 +120,9 @@ def _stages(lines: Iterator[Line]) -> list[StageRecord]:
     stages: dict[str, StageRecord] = {}
     for line in lines:
         stage = stages.setdefault(line["stage"], StageRecord(line["stage"]))
-        if line["kind"] == "map":
-            numbers = {f.name: line[f.name] for f in fields(ProxyMap)}
-            stage.maps.append((len(stage.rollouts), ProxyMap(**numbers)))
+        if line["kind"] == "predictor":
+            numbers = {f.name: line[f.name] for f in fields(AccuracyPredictor)}
+            stage.predictors.append((len(stage.rollouts), AccuracyPredictor(**numbers)))
         elif line["kind"] in ("rollout", "anchor", "final"):
             {"rollout": stage.rollouts, "anchor": stage.anchors, "final": stage.finals}[line["kind"]].append(line)
     return list(stages.values())

@@ -20,6 +20,7 @@ from n2n_fast.search.plan import Plan
 Rows = list[tuple[str, ...]]
 
 TENSORBOARD = "tensorboard"  # its directory in a run's
+SCALARS = ("reward", "predicted_accuracy", "short_accuracy", "params", "macs")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 2em auto; max-width: 1100px; padding: 0 1em }
 img { max-width: 100%; height: auto }
@@ -82,11 +83,11 @@ def _page(record: RunRecord, drawn: bytes) -> str:
     else:
         parts += ["<h2>Teacher and student</h2>", _html_table(_result_rows(record.table))]
     source = base64.b64encode(drawn).decode()
-    parts.append(f'<img alt="rewards, accuracies, maps and layers of the run" src="data:image/png;base64,{source}">')
+    parts.append(f'<img alt="rewards, accuracies and layers of the run" src="data:image/png;base64,{source}">')
     for by, name in (("params", "params"), ("macs", "MACs")):
         parts += [f"<h2>Pareto front: accuracy against {name}</h2>", _html_table(_front_rows(record, by))]
     for stage in record.stages:
-        parts += [f"<h2>Anchors of {html.escape(stage.name)}</h2>", f"<p>{_map_text(stage)}</p>"]
+        parts += [f"<h2>Anchors of {html.escape(stage.name)}</h2>", f"<p>{_predictor_text(stage)}</p>"]
         parts.append(_html_table(_anchor_rows(stage)))
     if record.layers:
         removed = [not layer.kept for layer in record.layers]
@@ -118,11 +119,11 @@ def _front_rows(record: RunRecord, by: str) -> Rows:
     return rows
 
 
-def _map_text(stage: StageRecord) -> str:
+def _predictor_text(stage: StageRecord) -> str:
     """What corrects a stage's accuracies, in a sentence."""
-    found = stage.map
+    found = stage.predictor
     if not found.count:
-        return "Too few anchors for a map: accuracies count as they are found."
+        return "Too few anchors to predict from: accuracies count as they are found."
     line = f"logit(accuracy) = {found.intercept:.2f} + {found.slope:.2f} · logit(accuracy after a few steps)"
     error = "" if found.error is None else f"; each anchor predicted by the others: {100 * found.error:.1f} points off"
     final = (
@@ -135,11 +136,11 @@ def _map_text(stage: StageRecord) -> str:
 
 
 def _anchor_rows(stage: StageRecord) -> Rows:
-    rows: Rows = [("architecture", "params", "MACs", "after a few steps", "trained fully", "the map says")]
+    rows: Rows = [("architecture", "params", "MACs", "after a few steps", "trained fully", "predicted")]
     for line in stage.anchors:
-        proxy = line["proxy_accuracy"]
-        said = "none" if proxy is None else "{:.2%} ± {:.2%}".format(*stage.map(proxy))
-        found = (_percent(proxy), _percent(line["accuracy"]), said)
+        short = line["short_accuracy"]
+        said = "none" if short is None else "{:.2%} ± {:.2%}".format(*stage.predictor(short))
+        found = (_percent(short), _percent(line["full_accuracy"]), said)
         rows.append((line["architecture"], f"{line['params']:,}", f"{line['macs']:,}", *found))
     return rows
 
@@ -184,11 +185,11 @@ def _scalars(record: RunRecord) -> Iterator[tuple[str, float, int]]:
     """(tag, value, rollouts of the stage until then) of all that the picture shows against rollouts."""
     for stage in record.stages:
         for step, (line, best) in enumerate(zip(stage.rollouts, stage.best(), strict=True), 1):
-            found = {key: line[key] for key in ("reward", "accuracy", "proxy_accuracy", "params", "macs")}
+            found = {key: line[key] for key in SCALARS}
             for key, value in {**found, "best_reward": best}.items():
                 if value is not None:
                     yield f"{stage.name}/{key}", value, step
-        for step, fitted in stage.maps:
+        for step, fitted in stage.predictors:
             if fitted.error is not None:
                 yield f"{stage.name}/leave_one_out_error", fitted.error, step
 

@@ -46,10 +46,8 @@ class Workers:
             raise BadInput(f"gpus_per_worker: {self.gpus}; give a fraction of at least 0, or a whole number")
 
 
-class Engine(Protocol):
+class Executor(Protocol):
     """Evaluates students."""
-
-    one_at_a_time: bool
 
     def begin(self, evaluator: Evaluator, recipe: Recipe) -> None:
         """A stage begins; recipe: makes the same evaluator in another process."""
@@ -61,10 +59,9 @@ class Engine(Protocol):
         """Let go of whatever was started."""
 
 
-class Here:
+class LocalExecutor:
     """Evaluates in this process, one student after the other."""
 
-    one_at_a_time = True
     _evaluator: Evaluator
 
     def begin(self, evaluator: Evaluator, recipe: Recipe) -> None:
@@ -145,10 +142,8 @@ def _reason(error: Any) -> str:
     return first_line(cause if isinstance(cause, Exception) else error)
 
 
-class RayEngine:
+class RayExecutor:
     """Evaluates in Ray workers. A worker that is lost is replaced, and what it had at hand is given to another."""
-
-    one_at_a_time = False
 
     def __init__(self, workers: Workers) -> None:
         """Connect, or start Ray on this machine. Raises BadInput where Ray is missing or cannot be reached."""
@@ -249,6 +244,6 @@ class RayEngine:
             self._ray.shutdown()
 
 
-def engine(workers: Workers | None) -> Engine:
+def executor(workers: Workers | None) -> Executor:
     """Who evaluates."""
-    return Here() if workers is None else RayEngine(workers)
+    return LocalExecutor() if workers is None else RayExecutor(workers)
