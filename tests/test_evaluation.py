@@ -10,6 +10,7 @@ import n2n_fast
 from elsewhere import ELSEWHERE, Fetching, tensors_of
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search import evaluation
+from n2n_fast.search import teacher as teacher_module
 from n2n_fast.search.config import SearchConfig
 from n2n_fast.search.evaluation import Evaluation, Evaluator, Recipe
 from n2n_fast.training import distill
@@ -82,7 +83,7 @@ def test_a_single_image_without_finite_logits_is_an_error(evaluator, data):
 @pytest.mark.parametrize("latency", [NAN, math.inf])
 def test_a_latency_that_is_not_finite_is_an_error(latency, evaluator, monkeypatch):
     judge = evaluator(max_latency=5.0)
-    monkeypatch.setattr(evaluation, "latency_ms", lambda *_: latency)
+    monkeypatch.setattr(teacher_module, "latency_ms", lambda *_: latency)
     found = judge.evaluate(judge.space.teacher, 0)
     assert (found.short_accuracy, found.latency) == (None, None)
     assert "latency" in found.error

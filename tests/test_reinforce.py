@@ -13,6 +13,7 @@ from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search import anchors, evaluation, reinforce
 from n2n_fast.search import result as result_module
 from n2n_fast.search import stage as stage_module
+from n2n_fast.search import teacher as teacher_module
 from n2n_fast.search.checkpoint import Interrupted
 from n2n_fast.search.config import SearchConfig
 from n2n_fast.search.policies import RemovalPolicy, ShrinkagePolicy, clone_behaviour
@@ -423,7 +424,7 @@ def test_another_seed_another_history(result, teacher, data, tmp_path):
 def test_test_split_is_read_only_at_the_end(teacher, data, tmp_path, monkeypatch):
     events = []
     measured, trained = n2n_fast.training.data.accuracy, evaluation.train
-    for module in (stage_module, evaluation, result_module):
+    for module in (stage_module, teacher_module, evaluation, result_module):
         monkeypatch.setattr(
             module,
             "accuracy",

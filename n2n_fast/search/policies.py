@@ -132,7 +132,7 @@ class ShrinkagePolicy(nn.Module):
         noise = torch.empty(len(x), count, 2, self.ratios).exponential_(generator=generator).log_().neg_().numpy()
         first, *others = (_Cell(self.lstm, k) for k in range(self.lstm.num_layers))
         of_features, of_channels, of_kernel = np.split(first.of_input, [x.shape[1], x.shape[1] + self.ratios])
-        given = x.numpy() @ of_features
+        inputs = x.numpy() @ of_features
         head, bias = self.head.weight.numpy().T, self.head.bias.numpy()
         zeros = np.zeros((count, self.lstm.hidden_size), dtype=np.float32)
         states = [(zeros, zeros)] * self.lstm.num_layers
@@ -141,7 +141,7 @@ class ShrinkagePolicy(nn.Module):
         actions = np.empty((len(x), count, 2), dtype=np.int64)
         action = unchanged
         for t in range(len(x)):
-            states[0] = first(given[t] + of_channels[action[:, 0]] + of_kernel[action[:, 1]], states[0])
+            states[0] = first(inputs[t] + of_channels[action[:, 0]] + of_kernel[action[:, 1]], states[0])
             for k, cell in enumerate(others, 1):
                 states[k] = cell(states[k - 1][0] @ cell.of_input, states[k])
             action = unchanged
@@ -186,16 +186,16 @@ class ShrinkagePolicy(nn.Module):
         return (log_probs.gather(3, actions[..., None])[..., 0] * mask).sum((1, 2))
 
     def entropy(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
-        """Entropy of the free choices together, in nats, each given the `actions` before it."""
+        """Entropy of the free choices together, in nats, each after the `actions` before it."""
         log_probs = self._log_probs(x, actions)
         entropy = -(log_probs.exp() * log_probs).sum(3).mean(0)
         return (entropy * mask).sum()
 
     def _log_probs(self, x: Tensor, actions: Tensor) -> Tensor:
-        """Of every ratio at each step, given the `actions` before it."""
+        """Log-probability of every ratio at each step, after the `actions` before it; (count, layers, 2, ratios)."""
         previous = torch.cat([torch.full_like(actions[:, :1], self.ratios - 1), actions[:, :-1]], 1)
-        found: Tensor = self(x, previous)
-        return found
+        log_probs: Tensor = self(x, previous)
+        return log_probs
 
 
 def new_policy(
@@ -250,11 +250,11 @@ class _Cell:
         self.of_input, self.of_hidden = of_input.T.copy(), of_hidden.T.copy()
         self.bias = biases[0] + biases[1]
 
-    def __call__(self, given: np.ndarray, state: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """given: the input times its weight, (count, 4 hidden); state: output and cell, (count, hidden) each."""
+    def __call__(self, inputs: np.ndarray, state: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """inputs: times their weight, (count, 4 hidden); state: output and cell, (count, hidden) each."""
         hidden, cell = state
         size = hidden.shape[1]
-        gates = given + hidden @ self.of_hidden + self.bias
+        gates = inputs + hidden @ self.of_hidden + self.bias
         update = np.tanh(gates[:, 2 * size : 3 * size])
         opened = 0.5 + 0.5 * np.tanh(0.5 * gates)  # the logistic function, which cannot overflow so
         enter, forget, leave = opened[:, :size], opened[:, size : 2 * size], opened[:, 3 * size :]

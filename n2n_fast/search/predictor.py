@@ -17,7 +17,7 @@ import numpy as np
 MIN_ANCHORS = 3
 MIN_REMAINING = 0.25  # no one student proves that training closes more of the distance for all
 MIN_DEVIATION = 0.05  # of logits: no few anchors prove a line more exact than an accuracy can be measured
-EDGE = 1e-3  # accuracies are held this far from 0 and 1
+EDGE = 1e-3  # accuracies are kept this far from 0 and 1
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def _median_slope(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _logit(accuracy: float) -> float:
-    held = min(max(accuracy, EDGE), 1 - EDGE)
-    return math.log(held / (1 - held))
+    inside = min(max(accuracy, EDGE), 1 - EDGE)
+    return math.log(inside / (1 - inside))
 
 
 def _logistic(x: float) -> float:

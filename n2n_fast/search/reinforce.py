@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -18,11 +17,12 @@ from n2n_fast.networks.graph import Architecture
 from n2n_fast.search.anchors import train_anchors, warm_start
 from n2n_fast.search.checkpoint import CHECKPOINT, RunDirectory, read_state
 from n2n_fast.search.config import STAGES, SearchConfig
-from n2n_fast.search.evaluation import Teacher, Training, space_of
+from n2n_fast.search.evaluation import Training
 from n2n_fast.search.progress import Rollout, SearchProgress
 from n2n_fast.search.result import Chosen, Result, finish, train_best
 from n2n_fast.search.reward import Constraints, RewardFunction
 from n2n_fast.search.stage import FinishedStage, Search, Stage
+from n2n_fast.search.teacher import Teacher, digest, space_of
 from n2n_fast.search.workers import Workers, executor
 from n2n_fast.training.data import ImageData
 
@@ -60,7 +60,7 @@ def compress(
     with telling_device_faults(), contextlib.closing(executor(workers)) as of_workers:
         trained = {} if policies is None else read_policies(Path(policies))
         given = copy.deepcopy(teacher).eval().to(data.train.images.device, torch.float32)
-        settings = {**asdict(config), "data": _preprocessing(data), "teacher": _digest(given)}
+        settings = {**asdict(config), "data": _preprocessing(data), "teacher": digest(given)}
         with RunDirectory(Path(out), settings, resume, command, progress.stopping) as directory:
             known = Teacher.of(given, data, config)
             limits = _limits(config, known, progress)
@@ -249,12 +249,3 @@ def _preprocessing(data: ImageData) -> dict[str, Any]:
         "mean": split.mean.tolist(),
         "std": split.std.tolist(),
     }
-
-
-def _digest(teacher: nn.Module) -> str:
-    """A short hash of a network's tensors, which tells one teacher from another."""
-    digest = hashlib.sha256()
-    for name, tensor in teacher.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

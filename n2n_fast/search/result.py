@@ -15,10 +15,10 @@ from n2n_fast.files.safe_pt2 import read_student
 from n2n_fast.networks.graph import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.networks.student import independent_copy
-from n2n_fast.search.evaluation import latency_of
 from n2n_fast.search.pareto import Point, front
 from n2n_fast.search.reward import Cost
 from n2n_fast.search.stage import Final, FinishedStage, Search, Stage
+from n2n_fast.search.teacher import latency_of
 from n2n_fast.training.data import ImageData, accuracy
 from n2n_fast.training.distill import latency_ms
 
@@ -128,7 +128,7 @@ def finish(search: Search, student: nn.Module, chosen: Sequence[Chosen]) -> Resu
     cost = Cost(arch.params, arch.macs, latency_of(student, data, search.config))
     table["gaps"] = search.constraints.gaps(cost, table["student"]["validation_accuracy"])
     table["feasible"] = not table["gaps"]
-    directory.write_json("architecture.json", [_described(part) for part in chosen])
+    directory.write_json("architecture.json", [_described(stage) for stage in chosen])
     directory.write_tensors("student.pt", saved.state_dict())
     directory.write_json("front.json", {by: [asdict(p) for p in front(points, by)] for by in ("params", "macs")})
     index = torch.arange(2, device=data.validation.labels.device) % len(data.validation)
@@ -144,15 +144,15 @@ def finish(search: Search, student: nn.Module, chosen: Sequence[Chosen]) -> Resu
     return Result(student, table, table["feasible"], directory.path)
 
 
-def _described(part: Chosen) -> dict[str, Any]:
+def _described(stage: Chosen) -> dict[str, Any]:
     """An architecture, and for readers each layer's output channels and kernel: before the stage, after it."""
-    space, arch = part.space, part.architecture
+    space, arch = stage.space, stage.architecture
     columns = (arch.keep, space.widths(space.teacher), space.widths(arch), space.teacher.kernels, arch.kernels)
     sizes = [
         {"kind": layer.kind, "kept": kept, "channels": [before, after], "kernel": [kernel, cropped]}
         for layer, kept, before, after, kernel, cropped in zip(space.layers, *columns, strict=True)
     ]
-    return {"stage": part.stage, "layers": [layer.name for layer in space.layers], **asdict(arch), "sizes": sizes}
+    return {"stage": stage.stage, "layers": [layer.name for layer in space.layers], **asdict(arch), "sizes": sizes}
 
 
 def _measured(model: nn.Module, arch: Architecture, data: ImageData) -> dict[str, Any]:

@@ -55,12 +55,12 @@ class Constraints:
 
         A stage before the last cannot bring students to a latency: there it is half of the way, as a factor.
         """
-        found = {}
+        limits = {}
         for name in OBJECTIVES:
             limit = self.on(name)
             if limit is not None and limit < (whole := teacher.of(name)):
-                found[name] = limit if last or name != "latency" else math.sqrt(limit * whole)
-        return found
+                limits[name] = limit if last or name != "latency" else math.sqrt(limit * whole)
+        return limits
 
     def gaps(self, cost: Cost, accuracy: float) -> dict[str, float]:
         """How far each limit that is not met is away, relative to it; empty where all are met."""

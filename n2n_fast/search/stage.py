@@ -15,12 +15,13 @@ from n2n_fast.networks.graph import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search.checkpoint import RunDirectory
 from n2n_fast.search.config import STAGES, SearchConfig
-from n2n_fast.search.evaluation import NOT_FINITE, Evaluation, Evaluator, Recipe, Teacher, Training, restored
+from n2n_fast.search.evaluation import NOT_FINITE, Evaluation, Evaluator, Recipe, Training
 from n2n_fast.search.pareto import Point
 from n2n_fast.search.policies import new_policy
 from n2n_fast.search.predictor import AccuracyPredictor
 from n2n_fast.search.progress import SearchProgress
 from n2n_fast.search.reward import Constraints, Cost, RewardFunction, StageReward
+from n2n_fast.search.teacher import Teacher, restored
 from n2n_fast.search.transition import Transition
 from n2n_fast.search.workers import Executor
 from n2n_fast.training.data import ImageData, accuracy
