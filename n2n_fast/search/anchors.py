@@ -34,7 +34,7 @@ def train_anchors(stage: Stage) -> None:
         if predictor.count:
             error = "" if predictor.error is None else f", {100 * predictor.error:.1f} points off when left out"
             progress.message(f"{stage.name}: accuracies are corrected by {predictor.count} anchors{error}")
-        stage.search.save(stage)
+        stage.save()
         progress.phase(stage.name, (config.updates - stage.update) * config.rollouts)
 
 

@@ -20,10 +20,11 @@ from n2n_fast.search.config import STAGES, SearchConfig
 from n2n_fast.search.evaluation import Training
 from n2n_fast.search.progress import Rollout, SearchProgress
 from n2n_fast.search.result import Chosen, Result, finish, train_best
-from n2n_fast.search.reward import Constraints, RewardFunction
-from n2n_fast.search.stage import FinishedStage, Search, Stage
-from n2n_fast.search.teacher import Teacher, digest, space_of
-from n2n_fast.search.workers import Workers, executor
+from n2n_fast.search.reward import RewardFunction
+from n2n_fast.search.shared import Search, finished_stages, limits_of, settings_of
+from n2n_fast.search.stage import Stage
+from n2n_fast.search.teacher import Teacher, space_of
+from n2n_fast.search.workers import Workers, make_executor
 from n2n_fast.training.data import ImageData
 
 __all__ = ["Rollout", "SearchProgress", "compress", "read_policies"]
@@ -57,20 +58,17 @@ def compress(
     C (2 - C) · A / A_teacher. Limits are held as ever.
     """
     config, progress = config or SearchConfig(), progress or SearchProgress()
-    with telling_device_faults(), contextlib.closing(executor(workers)) as of_workers:
+    with telling_device_faults(), contextlib.closing(make_executor(workers)) as executor:
         trained = {} if policies is None else read_policies(Path(policies))
         given = copy.deepcopy(teacher).eval().to(data.train.images.device, torch.float32)
-        settings = {**asdict(config), "data": _preprocessing(data), "teacher": digest(given)}
+        settings = settings_of(given, data, config)
         with RunDirectory(Path(out), settings, resume, command, progress.stopping) as directory:
-            known = Teacher.of(given, data, config)
-            limits = _limits(config, known, progress)
+            shown = Teacher.of(given, data, config)
+            limits = limits_of(config, shown, progress)
             directory.begin()
-            finished = _finished_stages(directory, config)
-            return _search_in_stages(
-                Search(
-                    config, data, known, limits, directory, progress, of_workers, trained, training, reward, finished
-                )
-            )
+            finished = finished_stages(directory, config)
+            shared = config, data, shown, limits, finished, directory, progress, executor
+            return _search_in_stages(Search(*shared, trained, training, reward))
 
 
 def _search_in_stages(search: Search) -> Result:
@@ -80,7 +78,7 @@ def _search_in_stages(search: Search) -> Result:
         if chosen:  # stage 2 starts from the trained student of stage 1
             space = space_of(student, search.teacher.calibration, search.config)
         if number == len(search.finished):
-            stage = _begun(Stage(name, space, search))
+            stage = Stage.begun(name, space, search)
             _reinforce(stage)
             search.finished.append(train_best(stage))
             search.save(None)
@@ -108,7 +106,7 @@ def _reinforce(stage: Stage) -> None:
             progress.rollout(rollout, best, _compression(stage, best))
         _update_policy(stage, actions, torch.tensor(rewards))
         stage.update += 1
-        stage.search.save(stage)
+        stage.save()
     if all(evaluation.error is not None for _, evaluation in stage.evaluated.values()):
         raise BadInput(
             f"{stage.name}: none of {config.updates * config.rollouts} students could be evaluated; "
@@ -116,8 +114,28 @@ def _reinforce(stage: Stage) -> None:
         )
 
 
+def _update_policy(stage: Stage, actions: Tensor, rewards: Tensor) -> None:
+    """One step of the policy's gradient, each rollout's actions credited with its own advantage.
+
+    actions: (rollouts, layers) or (rollouts, layers, 2). rewards: (rollouts,). The baseline is their moving average.
+    """
+    config, policy, mean = stage.config, stage.policy, float(rewards.mean())
+    baseline = mean if stage.baseline is None else stage.baseline
+    advantages = rewards - baseline
+    if config.normalise and len(rewards) > 1:
+        advantages = advantages / advantages.square().mean().sqrt().clamp_min(1e-3)
+    log_probability = policy.log_prob(stage.x, stage.mask, actions)
+    loss = -(advantages * log_probability).mean()
+    if config.entropy:
+        loss = loss - config.entropy * policy.entropy(stage.x, stage.mask, actions)
+    stage.optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    stage.optimizer.step()
+    stage.baseline = baseline + (1 - config.baseline_decay) * (mean - baseline)
+
+
 def _rollouts(stage: Stage, actions: Tensor) -> Iterator[Rollout]:
-    """An update's rollouts: each row of actions leads to an architecture, its student's accuracy, and a reward."""
+    """An update's rollouts: each row of actions gives an architecture, its student's accuracy, and a reward."""
     rows = actions.tolist()
     archs = [stage.architecture(row) for row in rows]
     new = stage.new(archs)
@@ -161,26 +179,6 @@ def _rewarded(stage: Stage, index: int, actions: list[Any], arch: Architecture, 
     )
 
 
-def _update_policy(stage: Stage, actions: Tensor, rewards: Tensor) -> None:
-    """One step of the policy's gradient, each rollout's actions credited with its own advantage.
-
-    actions: (rollouts, layers) or (rollouts, layers, 2). rewards: (rollouts,). The baseline is their moving average.
-    """
-    config, policy, mean = stage.config, stage.policy, float(rewards.mean())
-    baseline = mean if stage.baseline is None else stage.baseline
-    advantages = rewards - baseline
-    if config.normalise and len(rewards) > 1:
-        advantages = advantages / advantages.square().mean().sqrt().clamp_min(1e-3)
-    log_probability = policy.log_prob(stage.x, stage.mask, actions)
-    loss = -(advantages * log_probability).mean()
-    if config.entropy:
-        loss = loss - config.entropy * policy.entropy(stage.x, stage.mask, actions)
-    stage.optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    stage.optimizer.step()
-    stage.baseline = baseline + (1 - config.baseline_decay) * (mean - baseline)
-
-
 def _better(rollout: Rollout, best: Rollout | None) -> Rollout | None:
     """The one to show as the best so far."""
     if rollout.predicted_accuracy is None:
@@ -193,59 +191,9 @@ def _compression(stage: Stage, best: Rollout | None) -> float | None:
     return None if best is None or best.params is None else stage.search.teacher.cost.params / max(1, best.params)
 
 
-# Beginnings
-
-
-def _limits(config: SearchConfig, teacher: Teacher, progress: SearchProgress) -> Constraints:
-    """The limits on students, that on the drop of accuracy below the teacher's among them; tells of the teacher."""
-    for warning in teacher.space.warnings:
-        progress.message(f"warning: {warning}")
-    timed = "" if teacher.cost.latency is None else f", {teacher.cost.latency:.2f} ms"
-    progress.message(f"teacher: {teacher.cost.params:,} params{timed}, validation accuracy {teacher.accuracy:.2%}")
-    least = config.min_accuracy
-    if config.max_drop is not None:
-        least = max(least or 0.0, teacher.accuracy - config.max_drop / 100)
-    return Constraints(config.max_params, config.max_macs, config.max_latency, least)
-
-
-def _finished_stages(directory: RunDirectory, config: SearchConfig) -> list[FinishedStage]:
-    """The stages that the run's checkpoint has finished. Raises BadInput where it is not of such a run."""
-    if directory.checkpoint is None:
-        return []
-    with understood(directory.path / CHECKPOINT):
-        finished = [FinishedStage.from_record(record) for record in directory.checkpoint["finished"]]
-        at_hand = directory.checkpoint["stage"]
-        names = [done.name for done in finished] + ([] if at_hand is None else [at_hand["name"]])
-        if names != list(STAGES[config.stages][: len(names)]):
-            raise ValueError(f"of the stages {names!s:.80}")
-        return finished
-
-
-def _begun(stage: Stage) -> Stage:
-    """The stage, as the run's checkpoint left it if it is the one at hand there, and workers for it."""
-    checkpoint = stage.search.directory.checkpoint
-    if checkpoint is not None and checkpoint["stage"] is not None and checkpoint["stage"]["name"] == stage.name:
-        with understood(stage.search.directory.path / CHECKPOINT):
-            stage.load_state_dict(checkpoint["stage"])
-    stage.search.executor.begin(stage.evaluator, stage.search.recipe(stage.name))
-    return stage
-
-
 def read_policies(path: Path) -> dict[str, Any]:
     """The policies of another run, by stage. Raises BadInput where the file holds none."""
     policies = read_state(path)
     if not policies.keys() & set(STAGES["both"]):
         raise BadInput(f"{path}: holds no policy; give the policies.pt of a run")
     return policies
-
-
-def _preprocessing(data: ImageData) -> dict[str, Any]:
-    """What `evaluate` must know to show the student images as it was trained on them."""
-    split = data.train
-    return {
-        "name": data.name,
-        "image_size": split.image_size[0],
-        "channels": split.channels,
-        "mean": split.mean.tolist(),
-        "std": split.std.tolist(),
-    }

@@ -17,7 +17,8 @@ from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.networks.student import independent_copy
 from n2n_fast.search.pareto import Point, front
 from n2n_fast.search.reward import Cost
-from n2n_fast.search.stage import Final, FinishedStage, Search, Stage
+from n2n_fast.search.shared import FinishedStage, Search
+from n2n_fast.search.stage import Final, Stage
 from n2n_fast.search.teacher import latency_of
 from n2n_fast.training.data import ImageData, accuracy
 from n2n_fast.training.distill import latency_ms
@@ -66,7 +67,7 @@ def train_best(stage: Stage) -> FinishedStage:
         stage.log("final", index=number, **described, full_accuracy=full_accuracy)
         stage.finals.append(Final(arch.key, full_accuracy, independent_copy(student).state_dict()))
         stage.learn_accuracies()
-        stage.search.save(stage)
+        stage.save()
     if not stage.finals:
         raise BadInput("the training of the best student diverged; lower --final-learning-rate")
     best = max(stage.finals, key=lambda final: stage.judge_at(final.key, final.full_accuracy).rank)

@@ -9,83 +9,20 @@ import torch
 from torch import Tensor, fx
 
 from n2n_fast.files.errors import DegenerateArchitecture, first_line
-from n2n_fast.files.safe_load import parse_json
+from n2n_fast.files.safe_load import parse_json, understood
 from n2n_fast.files.states import checked, load_finite, load_optimizer
 from n2n_fast.networks.graph import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.search.checkpoint import RunDirectory
-from n2n_fast.search.config import STAGES, SearchConfig
-from n2n_fast.search.evaluation import NOT_FINITE, Evaluation, Evaluator, Recipe, Training
-from n2n_fast.search.pareto import Point
+from n2n_fast.search.checkpoint import CHECKPOINT
+from n2n_fast.search.config import STAGES
+from n2n_fast.search.evaluation import NOT_FINITE, Evaluation, Evaluator
 from n2n_fast.search.policies import new_policy
 from n2n_fast.search.predictor import AccuracyPredictor
-from n2n_fast.search.progress import SearchProgress
-from n2n_fast.search.reward import Constraints, Cost, RewardFunction, StageReward
-from n2n_fast.search.teacher import Teacher, restored
+from n2n_fast.search.reward import Cost, StageReward
+from n2n_fast.search.shared import Search
 from n2n_fast.search.transition import Transition
-from n2n_fast.search.workers import Executor
-from n2n_fast.training.data import ImageData, accuracy
+from n2n_fast.training.data import accuracy
 from n2n_fast.training.seeds import derived
-
-
-@dataclass(frozen=True)
-class FinishedStage:
-    """What a stage ended with. architecture: JSON. accuracies: of anchors that got the final training too, pairs of
-    the accuracy after an anchor's training and after that. points: every student that was evaluated.
-    """
-
-    name: str
-    architecture: str
-    student: dict[str, Tensor]
-    policy: dict[str, Tensor]
-    accuracies: list[tuple[float, float]]
-    points: list[Point]
-
-    def to_record(self) -> dict[str, Any]:
-        """Plain values and tensors, for a checkpoint."""
-        return {**vars(self), "points": json.dumps([asdict(point) for point in self.points])}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "FinishedStage":
-        """The inverse of `to_record`; raises ValueError and the like for anything else."""
-        pairs = [(checked(full, float), checked(final, float)) for full, final in record["accuracies"]]
-        points = [Point(**point) for point in parse_json(record["points"])]
-        return cls(**{**record, "accuracies": pairs, "points": points})
-
-    def restored(self, space: ArchitectureSpace) -> tuple[Architecture, fx.GraphModule]:
-        """Its architecture in its space, and the trained student; raises ValueError and the like if it is of none."""
-        arch = space.member(Architecture.from_json(self.architecture))
-        return arch, restored(space, arch, self.student)
-
-
-@dataclass(frozen=True)
-class Search:
-    """What the stages of a search share. policies: of another run, by stage. training, reward: the user's own."""
-
-    config: SearchConfig
-    data: ImageData
-    teacher: Teacher
-    constraints: Constraints
-    directory: RunDirectory
-    progress: SearchProgress
-    executor: Executor
-    policies: Mapping[str, Any]
-    training: Training | None
-    reward: RewardFunction | None
-    finished: list[FinishedStage]
-
-    def save(self, stage: "Stage | None") -> None:
-        """Write the checkpoint, from which the search goes on as if nothing had happened; stage: the one at hand."""
-        finished = [done.to_record() for done in self.finished]
-        self.directory.save({"finished": finished, "stage": None if stage is None else stage.state_dict()})
-        self.directory.stop_if_asked()
-
-    def recipe(self, stage: str) -> Recipe:
-        """What makes a stage's evaluator in another process."""
-        earlier = tuple((done.architecture, done.student) for done in self.finished)
-        return Recipe(
-            stage, self.teacher.given, self.data, self.teacher.calibration, self.config, earlier, self.training
-        )
 
 
 class Anchor(NamedTuple):
@@ -127,7 +64,7 @@ class Stage:
     """
 
     def __init__(self, name: str, space: ArchitectureSpace, search: Search) -> None:
-        """A stage at its beginning."""
+        """A stage before its first update; `begun` gives it as the run's checkpoint left it."""
         config, teacher, constraints = search.config, search.teacher, search.constraints
         self.name, self.space, self.search, self.config = name, space, search, config
         self.is_last = name == STAGES[config.stages][-1]
@@ -154,6 +91,16 @@ class Stage:
         self.anchors: list[Anchor] = []
         self.finals: list[Final] = []
         self.predictor = AccuracyPredictor()
+
+    @classmethod
+    def begun(cls, name: str, space: ArchitectureSpace, search: Search) -> "Stage":
+        """The stage as the run's checkpoint left it, if it is the one at hand there, with an executor for it."""
+        stage, state = cls(name, space, search), search.stage_at_hand
+        if state is not None and state["name"] == name:
+            with understood(search.directory.path / CHECKPOINT):
+                stage.load_state_dict(state)
+        search.executor.begin(stage.evaluator, search.recipe(name))
+        return stage
 
     # Evaluation
 
@@ -244,6 +191,10 @@ class Stage:
     def log(self, kind: str, **fields: Any) -> None:
         """Add a line to history.jsonl."""
         self.search.directory.log({"kind": kind, "stage": self.name, "update": self.update, **fields})
+
+    def save(self) -> None:
+        """Write the checkpoint; raises Interrupted after that where the search was asked to stop."""
+        self.search.save(self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes while the stage runs, but for the predictor, which follows from it."""

@@ -259,6 +259,6 @@ class RayExecutor:
             self._ray.shutdown()
 
 
-def executor(workers: Workers | None) -> Executor:
+def make_executor(workers: Workers | None) -> Executor:
     """Who evaluates."""
     return LocalExecutor() if workers is None else RayExecutor(workers)
