@@ -92,15 +92,19 @@ def rewards(model, data, config, place, policies=None):
     return told.found
 
 
+def figures_of(found):
+    """For each stage the mean reward of the last students, and the best."""
+    return {stage: [round(statistics.mean(run[-LAST:]), 6), max(run)] for stage, run in found.items()}
+
+
 def figures(table, asked, name):
-    """By teacher and seed: for each stage the mean reward of the last students, and the best; one row a run."""
+    """By teacher and seed the `figures_of` a run, removal's and then shrinkage's; one row a run."""
     rows = {}
     for key, run in table.items():
         of, setting, seed = key.split(" / ")
         arch, _, limited = of.partition(", ")
         if (limited, setting) == (asked, name):
-            stages = (run[stage] for stage in STAGES["both"])
-            rows[arch, seed] = [figure for found in stages for figure in (statistics.mean(found[-LAST:]), max(found))]
+            rows[arch, seed] = [figure for stage in STAGES["both"] for figure in run[stage]]
     return rows
 
 
@@ -139,6 +143,6 @@ if __name__ == "__main__":
             if key not in table:
                 with tempfile.TemporaryDirectory() as place:
                     config = config_of(models[arch], seed, setting, **limits)
-                    table[key] = rewards(models[arch], data, config, Path(place) / "run")
+                    table[key] = figures_of(rewards(models[arch], data, config, Path(place) / "run"))
                 OUT.write_text(json.dumps(table) + "\n")
     summary(table)

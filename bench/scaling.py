@@ -2,10 +2,11 @@
 
 Measured here: rollouts per second of 1 and of 2 Ray workers, one thread each; what the head node spends on a rollout,
 and the bytes that a stage and a rollout move. Simulated with the rollout times of a real search (HISTORY, a
-history.jsonl; default: the study's): how long 8, 64 and 512 workers idle for stragglers at several numbers of rollouts
-per update. Writes bench/results/scaling.json.
+run's history.jsonl; default: the study's): how long 8, 64 and 512 workers idle for stragglers at several numbers of
+rollouts per update. Writes bench/results/scaling.json.
 """
 
+import csv
 import heapq
 import json
 import random
@@ -25,7 +26,7 @@ from n2n_fast.training import teachers
 
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "scaling.json"
-HISTORY = HERE / "fashion_mnist" / "results" / "B-free-0" / "history.jsonl"
+HISTORY = HERE / "fashion_mnist" / "results" / "B-free-0.csv"
 ROLLOUTS = 40
 WORKERS = (8, 64, 512)
 PER_UPDATE = (5, 16, 64, 256, 1024)
@@ -77,9 +78,18 @@ def idle_share(seconds, workers, per_update, draw):
     return 1 - busy / total
 
 
+def rollout_seconds(path):
+    """Of every student that was evaluated, from a run's history.jsonl or from the .csv that the study keeps of it."""
+    with path.open() as file:
+        if path.suffix == ".csv":
+            rows = [row["seconds"] for row in csv.DictReader(file) if row["kind"] == "rollout"]
+            return [float(seconds) for seconds in rows if seconds]
+        lines = [json.loads(line) for line in file]
+    return [sum(line["seconds"].values()) for line in lines if line["kind"] == "rollout" and line["seconds"]]
+
+
 def simulated(path):
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    seconds = [sum(line["seconds"].values()) for line in lines if line["kind"] == "rollout" and line["seconds"]]
+    seconds = rollout_seconds(path)
     draw = random.Random(0)
     table = {w: {n: idle_share(seconds, w, n, draw) for n in PER_UPDATE} for w in WORKERS}
     return {"rollouts": len(seconds), "median_s": statistics.median(seconds), "longest_s": max(seconds), "idle": table}

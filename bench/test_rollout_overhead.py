@@ -111,4 +111,4 @@ def test_rollout(benchmark, setting, way):
             torch.testing.assert_close(student(setting.images[:4]), setting.anew()(setting.images[:4]))
     rollouts = ROLLOUTS if way.startswith("n2n_fast") else 1
     benchmark.extra_info["rollouts"] = rollouts  # of a call: divide by it
-    benchmark.pedantic(calls[way], rounds=15 if rollouts == 1 else 20, warmup_rounds=2)
+    benchmark.pedantic(calls[way], rounds=20 if way == "n2n_fast" else 5, warmup_rounds=1)

@@ -1,10 +1,11 @@
 """The study of Fashion-MNIST, in pieces: python bench/fashion_mnist/study.py DIR [PIECE ...] [--list].
 
 DIR holds the four files of Fashion-MNIST. Every piece takes under an hour on 2 cores, writes
-bench/fashion_mnist/results/PIECE.json and is left out where that is there: the study can be cut off and goes on.
+bench/fashion_mnist/results/PIECE.json and is left out where that is there: the study can be cut off and goes on. A
+search also writes PIECE.csv there, the fields of its history that tables read; its whole run directory stays in WORK.
 Teachers: A is torchvision's ResNet-18 (3x32x32), B a ResNet-32 in the CIFAR style (1x28x28). Pieces, for T in A and B:
 
-T-teacher            train it; B's weights are kept in results/, A's in WORK
+T-teacher            train it; its weights stay in WORK and are trained again (seed 0) where they are missing
 T-proxy-N            student N of 30 drawn over the whole range (removals and widths): its accuracy after 0, 20 and 50
                      steps, and after 10 epochs of distillation (A alone, as B's would take longer than all else)
 T-anchor-N           the same of 6 more, to which the map of accuracies is fitted, and after 1 epoch
@@ -37,9 +38,9 @@ Tables of what is there: python bench/fashion_mnist/tables.py; a picture: plots.
 """
 
 import argparse
+import csv
 import functools
 import json
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,7 @@ from n2n_fast.training.distill import recalibrate, seeded, train
 
 HERE = Path(__file__).parent / "results"
 WORK = Path("build") / "fashion_mnist"  # what is too large to keep
+KEPT = ("kind", "stage", "params", "short_accuracy", "full_accuracy", "reward", "seconds")  # of a search's history
 PROXIED, STUDENTS, ANCHORS = "A", 30, 6
 SEEDS = (0, 1, 2)
 TILTS = (0, 25, 50, 75)
@@ -89,7 +91,7 @@ def images(directory, name):
 
 
 def teacher_file(name):
-    return (HERE if name == "B" else WORK) / f"{name}-teachers.pt"
+    return WORK / f"{name}-teacher.pt"
 
 
 def trained_teacher(directory, name):
@@ -172,7 +174,7 @@ def proxy(directory, name, number):
 
 
 def searched(directory, name, seed, piece, progress=None, asked="search", **settings):
-    """Run a search in WORK, going on with one that was cut off, and keep its result and history."""
+    """Run a search in WORK, going on with one that was cut off, and keep its result and what tables read."""
     found, model = images(directory, name), trained_teacher(directory, name)
     out = WORK / piece
     most = sum(p.numel() for p in model.parameters()) // SMALLER[asked][name]
@@ -183,12 +185,24 @@ def searched(directory, name, seed, piece, progress=None, asked="search", **sett
         table = result.table
     except n2n_fast.Interrupted:
         table = None
-    kept = HERE / piece
-    kept.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", "history.jsonl", "front.json", "architecture.json"):
-        if (out / file).exists():
-            shutil.copy(out / file, kept / file)
+    keep(lines(out / "history.jsonl"), HERE / f"{piece}.csv")
     return {"seconds": time.perf_counter() - start, "table": table}
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def keep(history, path):
+    """Write KEPT of all rollouts and anchors; a student met before took no seconds."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, KEPT, lineterminator="\n")
+        writer.writeheader()
+        for line in history:
+            if line["kind"] in ("rollout", "anchor"):
+                seconds = round(sum(line["seconds"].values()), 4) or None
+                reward = round(line["reward"], 8) if "reward" in line else None
+                writer.writerow({key: line.get(key) for key in KEPT} | {"seconds": seconds, "reward": reward})
 
 
 class UntilLate(n2n_fast.SearchProgress):
@@ -252,7 +266,7 @@ def halving(directory, name, seed):
         given = teacher_logits(directory, name), fitted, replace(plain, rollout_steps=steps)
         evaluators[kind] = Evaluator("shrinkage", space, found, *given)
     rows = []
-    for line in map(json.loads, (HERE / f"{name}-search-{seed}" / "history.jsonl").read_text().splitlines()):
+    for line in lines(file.with_name("history.jsonl")):
         if line["kind"] == "rollout" and line["stage"] == "shrinkage" and line["update"] % 2 and not line["cached"]:
             arch = transition(line["actions"])
             assert arch.key == line["architecture"]

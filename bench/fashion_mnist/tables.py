@@ -1,7 +1,8 @@
 """What the pieces of the study say so far: python bench/fashion_mnist/tables.py. Missing pieces are left out."""
 
+import csv
 import functools
-import json
+import io
 import statistics
 
 import numpy as np
@@ -27,9 +28,17 @@ def held(names):
 
 @functools.cache
 def history(piece, kind="rollout"):
-    path = HERE / piece / "history.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [line for line in lines if line["kind"] == kind]
+    """A search's students of one kind, rollout or anchor, with the numbers that `study.KEPT` names; None: no such."""
+    path = HERE / f"{piece}.csv"
+    with path.open() if path.exists() else io.StringIO() as file:
+        return [{key: number(text) for key, text in row.items()} for row in csv.DictReader(file) if row["kind"] == kind]
+
+
+def number(text):
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text
 
 
 def spearman(a, b):
@@ -193,8 +202,8 @@ def paper_table(name, teacher):
         student = ours["table"]["student"]
         reached = reward(student["validation_accuracy"], student["params"], teacher["validation"], teacher["params"])
         theirs = history(f"{name}-paper-{seed}")
-        fast = [line for line in history(f"{name}-search-{seed}") if not line["cached"]]
-        hourly = [3600 / statistics.mean(sum(line["seconds"].values()) for line in run) for run in (fast, theirs)]
+        fast = history(f"{name}-search-{seed}")
+        hourly = [3600 / statistics.mean(line["seconds"] for line in run if line["seconds"]) for run in (fast, theirs)]
         print(
             f"  paper {seed}: best reward {max(line['reward'] for line in theirs):.4f} of {len(theirs)}, "
             f"the search's student {reached:.4f}; {hourly[1]:.0f} and {hourly[0]:.0f} rollouts an hour"
