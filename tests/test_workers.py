@@ -15,7 +15,7 @@ from n2n_fast import SearchConfig, Workers, compress, from_tensors
 from n2n_fast.files.errors import BadInput, DeviceFault
 from n2n_fast.search.evaluation import Evaluation
 from n2n_fast.search.reinforce import SearchProgress
-from n2n_fast.search.workers import TRIES, LocalExecutor, RayExecutor, evaluated, gpu_share
+from n2n_fast.search.workers import TRIES, Executor, RayExecutor, evaluated, gpu_share
 from n2n_fast.training.batches import Batches
 from n2n_fast.training.distill import seeded, train
 from n2n_fast.training.teachers import SmallResNet
@@ -64,7 +64,7 @@ def test_a_failing_device_is_no_students_fault():
 
 
 def test_here_students_are_evaluated_one_by_one_and_on_demand():
-    executor, evaluator = LocalExecutor(), Fails(0)
+    executor, evaluator = Executor(), Fails(0)
     executor.begin(evaluator, None)
     found = executor.evaluate([(None, 0)] * 3)
     next(found)

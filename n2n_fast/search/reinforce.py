@@ -155,10 +155,10 @@ def _rewarded(stage: Stage, index: int, actions: list[Any], arch: Architecture, 
     """The rollout of an evaluated student, with its reward by the predictor of this moment."""
     evaluation, judged = stage.evaluated[arch.key][1], stage.judge(arch.key)
     rollout = Rollout(
-        stage=stage.name,
-        update=stage.update,
-        index=index,
-        actions=actions,
+        stage.name,
+        stage.update,
+        index,
+        actions,
         architecture=arch.key,
         params=arch.params,
         macs=arch.macs,

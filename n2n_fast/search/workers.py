@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -46,35 +46,22 @@ class Workers:
             raise BadInput(f"gpus_per_worker: {self.gpus}; give a fraction of at least 0, or a whole number")
 
 
-class Executor(Protocol):
-    """Evaluates students."""
-
-    def begin(self, evaluator: Evaluator, recipe: Recipe) -> None:
-        """A stage begins; recipe: makes the same evaluator in another process."""
-
-    def evaluate(self, jobs: Sequence[Job]) -> Iterator[Evaluation]:
-        """The evaluations of the jobs, in their order."""
-
-    def close(self) -> None:
-        """Let go of whatever was started."""
-
-
-class LocalExecutor:
-    """Evaluates in this process, one student after the other."""
+class Executor:
+    """Evaluates students in this process, one after the other."""
 
     _evaluator: Evaluator
 
     def begin(self, evaluator: Evaluator, recipe: Recipe) -> None:
-        """Take the evaluator that is there."""
+        """A stage begins. recipe: makes the same evaluator in another process."""
         self._evaluator = evaluator
 
     def evaluate(self, jobs: Sequence[Job]) -> Iterator[Evaluation]:
-        """Evaluate on demand."""
+        """The evaluations of the jobs, in their order, each made when it is asked for."""
         for arch, seed in jobs:
             yield evaluated(self._evaluator, arch, seed)
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Let go of whatever was started."""
 
 
 def evaluated(evaluator: Evaluator, arch: Architecture, seed: int, tries: int = TRIES) -> Evaluation:
@@ -142,7 +129,7 @@ def _reason(error: Any) -> str:
     return first_line(cause if isinstance(cause, Exception) else error)
 
 
-class RayExecutor:
+class RayExecutor(Executor):
     """Evaluates in Ray workers. A worker that is lost is replaced, and what it had at hand is given to another."""
 
     def __init__(self, workers: Workers) -> None:
@@ -261,4 +248,4 @@ class RayExecutor:
 
 def make_executor(workers: Workers | None) -> Executor:
     """Who evaluates."""
-    return LocalExecutor() if workers is None else RayExecutor(workers)
+    return Executor() if workers is None else RayExecutor(workers)
