@@ -19,7 +19,7 @@ import n2n_fast
 from n2n_fast.training import teachers
 from n2n_fast.training.batches import Batches, TeacherLogits
 from n2n_fast.training.data import accuracy
-from n2n_fast.training.distill import fit, recalibrate
+from n2n_fast.training.distill import recalibrate, train
 
 INITS = ("sliced", "fitted")
 STEPS = (0, 20, 50)
@@ -80,7 +80,7 @@ def measure(model, data, seed, rates, rows):
                     recalibrate(student, images.split(BATCH))
                 row["seconds"].append(time.perf_counter() - start)
                 if steps:
-                    fit(student, batches[steps], learning_rate=rates[init == "sliced", steps], kd_weight=0.1)
+                    train(student, batches[steps], learning_rate=rates[init == "sliced", steps], kd_weight=0.1)
                 row.setdefault(str(steps), []).append(accuracy(student, data.validation.subset(torch.arange(2000))))
             print(seed, name, init, [round(row[s][-1], 4) for s in ("0", "20", "50") if s in row], flush=True)
 

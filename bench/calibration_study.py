@@ -21,7 +21,7 @@ from n2n_fast.networks import fitting
 from n2n_fast.training import teachers
 from n2n_fast.training.batches import TeacherLogits
 from n2n_fast.training.data import accuracy
-from n2n_fast.training.distill import Diverged, fit, recalibrate
+from n2n_fast.training.distill import Diverged, recalibrate, train
 
 
 class Bench:
@@ -150,7 +150,7 @@ def rate_study(bench):
                         recalibrate(student, images.split(BATCH))
                     start = time.perf_counter()
                     try:
-                        found = accuracy(fit(student, batches, learning_rate=rate, kd_weight=0.1), bench.validation)
+                        found = accuracy(train(student, batches, learning_rate=rate, kd_weight=0.1), bench.validation)
                     except Diverged:
                         found = 0.0
                     yield f"{steps} steps, {rate:g}", ("x0.35", init, found, time.perf_counter() - start)

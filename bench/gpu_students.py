@@ -16,12 +16,12 @@ from n2n_fast import SearchConfig
 from n2n_fast.search.evaluation import NOT_FINITE, Recipe
 from n2n_fast.training import teachers
 from n2n_fast.training.data import accuracy
-from n2n_fast.training.distill import fit, seeded
+from n2n_fast.training.distill import seeded, train
 
 PIXELS = 32
 SMALLER = 50
 PLAIN = "as it is"
-VARIANTS = {  # what `rollout` and `fit` are told; a capture that fails may leave a process useless, so it comes last
+VARIANTS = {  # what `rollout` and `train` are told; a capture that fails may leave a process useless, so it comes last
     PLAIN: {},
     "no steps": {"steps": False},
     "no autocast": {"autocast": False},
@@ -106,7 +106,7 @@ def rollout(evaluator, seed, steps=True, **how):
             student = evaluator.space.build(architecture(evaluator.space, seed), config.init)
             if steps:
                 rates = {"learning_rate": config.learning_rate, "kd_weight": config.kd_weight}
-                fit(student, evaluator._rollout_batches, **rates, **how)
+                train(student, evaluator._rollout_batches, **rates, **how)
         return accuracy(student, evaluator._images, strict=True)
     except NOT_FINITE:
         return None

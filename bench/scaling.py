@@ -21,7 +21,7 @@ import torch
 import n2n_fast
 from n2n_fast import SearchConfig
 from n2n_fast.search.evaluation import Recipe
-from n2n_fast.search.workers import RayEngine, Workers
+from n2n_fast.search.workers import RayExecutor, Workers
 from n2n_fast.training import teachers
 
 HERE = Path(__file__).parent
@@ -46,14 +46,14 @@ def measured():
     archs = [space.shrink(space.teacher, [draw.uniform(0.1, 0.9) for _ in range(count)]) for _ in range(ROLLOUTS)]
     rates, results, spent = {}, [], 0.0
     for workers in (1, 2):
-        engine = RayEngine(Workers(workers))
-        engine.begin(evaluator, recipe)
-        list(engine.evaluate([(arch, 0) for arch in archs[: 2 * workers]]))  # all are there, and warm
+        executor = RayExecutor(Workers(workers))
+        executor.begin(evaluator, recipe)
+        list(executor.evaluate([(arch, 0) for arch in archs[: 2 * workers]]))  # all are there, and warm
         before, cpu = time.perf_counter(), time.process_time()
-        results.append([found.accuracy for found in engine.evaluate([(arch, 0) for arch in archs])])
+        results.append([found.short_accuracy for found in executor.evaluate([(arch, 0) for arch in archs])])
         rates[workers] = ROLLOUTS / (time.perf_counter() - before)
         spent = (time.process_time() - cpu) / ROLLOUTS
-        engine.close()
+        executor.close()
     assert results[0] == results[1]
     return {
         "rollouts_per_second": rates,

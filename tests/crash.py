@@ -19,7 +19,7 @@ import torch
 
 from n2n_fast import SearchConfig, compress, from_tensors
 from n2n_fast.training.batches import Batches
-from n2n_fast.training.distill import fit, seeded
+from n2n_fast.training.distill import seeded, train
 from n2n_fast.training.teachers import SmallResNet
 
 SMALL = SearchConfig(
@@ -45,7 +45,7 @@ def small_problem():
     data = from_tensors("bright", (images, labels), seed=0)
     with seeded(0, torch.device("cpu")):
         teacher = SmallResNet(1, data.classes, 1)
-    return fit(teacher, Batches(data.train, teacher, 4, 32, None, seed=0), learning_rate=0.1), data
+    return train(teacher, Batches(data.train, teacher, 4, 32, None, seed=0), learning_rate=0.1), data
 
 
 def outcome(out):

@@ -465,13 +465,19 @@ def checkpoints(held: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"an evaluation {kind}", of_stage(evaluated=json.dumps(evaluated))
     yield "evaluations nested deep", of_stage(evaluated="[" * 100_000)
     yield "a student that nobody knows", of_stage(finals=[["0" * 12, 0.5, {}]])
-    yield "an anchor that nobody knows", of_stage(anchors=[["0" * 12, 0.5]])
-    yield "a stage done of nothing", {**held, "trained": [{}]}
-    yield "a stage done of numbers", {**held, "trained": [dict.fromkeys(DONE, 3)]}
-    yield "a stage done of text", {**held, "trained": [dict.fromkeys(DONE, "[]")]}
+    yield "an anchor that nobody knows", of_stage(anchors=[["0" * 12, 0.5, None]])
+    yield "a stage done of nothing", {**held, "finished": [{}]}
+    yield "a stage done of numbers", {**held, "finished": [dict.fromkeys(DONE, 3)]}
+    yield "a stage done of text", {**held, "finished": [dict.fromkeys(DONE, "[]")]}
+    nothing = {"architecture": "{}", "student": {}, "policy": {}, "accuracies": [], "points": "[]"}
+    yield "a stage done without a student", {**held, "stage": None, "finished": [{"name": "removal", **nothing}]}
+    yield "a stage that another search has", {**held, "stage": None, "finished": [{"name": "third", **nothing}]}
+    yield "a stage at hand that is done", {**held, "finished": [{"name": "removal", **nothing}]}
+    yield "accuracies of text", {**held, "finished": [{"name": "removal", **nothing, "accuracies": [["1", "2"]]}]}
+    yield "points of another form", {**held, "finished": [{"name": "removal", **nothing, "points": "[{}]"}]}
 
 
-DONE = ("name", "architecture", "student", "policy", "points")
+DONE = ("name", "architecture", "student", "policy", "accuracies", "points")
 ARCHITECTURES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "of fewer layers": lambda arch: arch["keep"].pop(),
     "of more groups": lambda arch: arch["widths"].append(3),
@@ -487,10 +493,10 @@ ARCHITECTURES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "with a field more": lambda arch: arch.update(more=1),
 }
 EVALUATIONS: dict[str, dict[str, Any]] = {
-    "of NaN": {"accuracy": float("nan")},
-    "of 7": {"accuracy": 7.0},
-    "of text": {"accuracy": "good"},
-    "of nothing": {"accuracy": None},
+    "of NaN": {"short_accuracy": float("nan")},
+    "of 7": {"short_accuracy": 7.0},
+    "of text": {"short_accuracy": "good"},
+    "of nothing": {"short_accuracy": None},
     "of negative seconds": {"seconds": {"build": -1}},
     "of a list": {"seconds": [1]},
     "of another field": {"more": 1},

@@ -6,7 +6,7 @@ from torch import nn
 import n2n_fast
 from n2n_fast.training.batches import Batches
 from n2n_fast.training.data import ImageData
-from n2n_fast.training.distill import fit, seeded
+from n2n_fast.training.distill import seeded, train
 from n2n_fast.training.teachers import SmallResNet
 
 TINY = n2n_fast.SearchConfig(
@@ -38,4 +38,4 @@ def taught(data: ImageData) -> nn.Module:
     """A small teacher of the data."""
     with seeded(0, torch.device("cpu")):
         model = SmallResNet(1, data.classes, 1)
-    return fit(model, Batches(data.train, model, 6, 32, None, seed=0), learning_rate=0.1)
+    return train(model, Batches(data.train, model, 6, 32, None, seed=0), learning_rate=0.1)

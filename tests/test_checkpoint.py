@@ -1,4 +1,4 @@
-"""The run directory: locks, journal, files written whole, and searches that are killed."""
+"""The run directory: locks, history, files written whole, and searches that are killed."""
 
 import errno
 import json
@@ -12,29 +12,28 @@ import torch
 
 from elsewhere import ELSEWHERE, Fetching, tensors_of
 from n2n_fast.files.errors import BadInput
-from n2n_fast.search.checkpoint import KEEP_SECONDS, Interrupted, RunDirectory
+from n2n_fast.search.checkpoint import SECONDS_BETWEEN, Interrupted, RunDirectory
 
 SETTINGS = {"updates": 3, "data": {"mean": [0.5]}, "ratios": (0.5, 1.0)}
-FOUND = {"architecture": "a1", "proxy_accuracy": 0.5, "accuracy": 0.6, "latency": None, "seconds": {}, "error": None}
-LINES = [{"kind": "rollout", "stage": "removal", "update": 0, "index": i, **FOUND} for i in range(4)]
+LINES = [{"kind": "rollout", "stage": "removal", "update": 0, "index": i} for i in range(4)]
 
 
-def begun(path, resume=False, settings=SETTINGS):
-    return RunDirectory(path, settings, resume)
+def begun(path, resume=False, settings=SETTINGS, **how):
+    return RunDirectory(path, settings, resume, **how)
 
 
 def write_run(path, lines=2):
-    """A run whose checkpoint follows `lines` lines of its journal, with all of LINES in it."""
+    """A run whose checkpoint follows `lines` lines of its history, with all of LINES in it."""
     with begun(path) as run:
         run.begin()
         for line in LINES[:lines]:
-            run.append(line)
+            run.log(line)
         run.save({"step": torch.tensor(lines)})
         for line in LINES[lines:]:
-            run.append(line)
+            run.log(line)
 
 
-def journal(path):
+def history(path):
     return [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
 
 
@@ -42,41 +41,41 @@ def test_tensors_are_written_from_the_cpu(tmp_path):
     state = torch.nn.BatchNorm2d(2, device=ELSEWHERE).state_dict()
     with Fetching(), begun(tmp_path / "run") as run:
         run.begin()
-        run.save({"trained": [{"student": state}], "finals": [("key", 0.5, state)]})
+        run.save({"finished": [{"student": state}], "finals": [["key", 0.5, state]]})
         assert state["weight"].device == ELSEWHERE
     held = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert {tensor.device.type for tensor in tensors_of(held)} == {"cpu"}
-    assert held["trained"][0]["student"]._metadata == state._metadata
-    assert held["finals"][0][:2] == ("key", 0.5)
+    assert held["finished"][0]["student"]._metadata == state._metadata
+    assert held["finals"][0][:2] == ["key", 0.5]
 
 
-def test_lines_behind_the_checkpoint_are_recovered_and_stay(tmp_path):
+def test_a_run_goes_on_with_the_history_that_its_checkpoint_knows(tmp_path):
     path = tmp_path / "run"
     write_run(path)
-    for _ in range(2):  # killed before it came to them: they are there the next time too
+    assert history(path) == LINES
+    for _ in range(2):  # killed before it saved anything: the next one begins at the same place
         with begun(path, resume=True) as run:
             assert int(run.checkpoint["step"]) == 2
-            assert list(run.recovered.values()) == LINES[2:]
-        assert journal(path) == LINES
+            assert history(path) == LINES[:2]
+            run.log(LINES[3])
     with begun(path, resume=True) as run:
-        run.append(LINES[2])
+        run.log(LINES[2])
         run.save({"step": torch.tensor(3)})
+        run.log(LINES[3])
+    assert history(path) == LINES
     with begun(path, resume=True) as run:
-        assert list(run.recovered.values()) == LINES[3:]
-        run.append(LINES[3])
-        run.append({**LINES[3], "index": 4})
-    assert journal(path) == [*LINES, {**LINES[3], "index": 4}]
+        assert int(run.checkpoint["step"]) == 3
+        assert history(path) == LINES[:3]
 
 
-def test_a_line_that_differs_from_the_recovered_one_takes_its_place(tmp_path):
+def test_without_a_checkpoint_a_run_begins_again(tmp_path):
     path = tmp_path / "run"
-    write_run(path)
-    other = {**LINES[2], "accuracy": 0.7}
+    with begun(path) as run:
+        run.begin()
+        run.log(LINES[0])
     with begun(path, resume=True) as run:
-        run.append(other)
-        assert journal(path) == [*LINES[:2], other]
-        run.append(LINES[3])
-    assert journal(path) == [*LINES[:2], other, LINES[3]]
+        assert run.checkpoint is None
+        assert history(path) == []
 
 
 @pytest.mark.parametrize("torn", range(1, 30, 7))
@@ -85,10 +84,11 @@ def test_a_torn_line_is_dropped(tmp_path, torn):
     path = tmp_path / "run" / "history.jsonl"
     path.write_bytes(path.read_bytes()[:-torn])
     with begun(tmp_path / "run", resume=True) as run:
-        assert list(run.recovered.values()) == [LINES[2]]
+        run.log(LINES[3])
+    assert history(tmp_path / "run") == [*LINES[:2], LINES[3]]
 
 
-def test_a_journal_that_was_cut_is_refused(tmp_path):
+def test_a_history_that_was_cut_is_refused(tmp_path):
     write_run(tmp_path / "run")
     (tmp_path / "run" / "history.jsonl").write_bytes(b"")
     with pytest.raises(BadInput, match="shorter than when"), begun(tmp_path / "run", resume=True):
@@ -149,22 +149,25 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, fault, monkeypatch):
 def test_a_training_is_kept_now_and_then_and_when_asked_to_stop(tmp_path, monkeypatch):
     clock, stop = [0.0], [False]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    with begun(tmp_path / "run") as run:
+    with begun(tmp_path / "run", stopping=lambda: stop[0]) as run:
         run.begin()
-        keeper = run.training("the best", lambda: stop[0])
+        run.stop_if_asked()
+        checkpointer = run.training("the best")
         made = []
         for step in range(5):
-            clock[0] += 0.4 * KEEP_SECONDS
-            keeper.offer(lambda step=step: made.append(step) or {"step": step})
+            clock[0] += 0.4 * SECONDS_BETWEEN
+            checkpointer.offer(lambda step=step: made.append(step) or {"step": step})
         assert made == [2]
-        assert run.training("the best", lambda: False).load() == {"step": 2}
-        assert run.training("another", lambda: False).load() is None
+        assert run.training("the best").load() == {"step": 2}
+        assert run.training("another").load() is None
         stop[0] = True
         with pytest.raises(Interrupted):
-            keeper.offer(lambda: {"step": 5})
-        assert keeper.load() == {"step": 5}
-        run.drop_training()
-        assert keeper.load() is None
+            checkpointer.offer(lambda: {"step": 5})
+        assert checkpointer.load() == {"step": 5}
+        with pytest.raises(Interrupted):
+            run.stop_if_asked()
+        run.save({})  # what came of the training is in the checkpoint
+        assert checkpointer.load() is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -15,7 +15,7 @@ from n2n_fast import native
 from n2n_fast.training import distill
 from n2n_fast.training.batches import Batches
 from n2n_fast.training.data import from_tensors
-from n2n_fast.training.distill import Diverged, Progress, fit, latency_ms, recalibrate, seeded
+from n2n_fast.training.distill import Diverged, Progress, latency_ms, recalibrate, seeded, train
 
 
 def separable(count=256, size=6):
@@ -49,7 +49,7 @@ def test_learns_the_labels():
         def step(self, *told):
             seen.append(told)
 
-    model = fit(network(), batches(separable()), learning_rate=0.05, progress=Listener())
+    model = train(network(), batches(separable()), learning_rate=0.05, progress=Listener())
     assert not model.training
     assert seen[-1][0] == len(batches(separable()))
     assert seen[-1][1] < seen[0][1]
@@ -60,7 +60,7 @@ def test_distillation_pulls_towards_the_teacher():
     data, teacher = separable(), network(1).eval()
     apart = []
     for weight in (0.0, 1.0):
-        student = fit(network(2), batches(data, teacher, epochs=8), learning_rate=0.05, kd_weight=weight)
+        student = train(network(2), batches(data, teacher, epochs=8), learning_rate=0.05, kd_weight=weight)
         with torch.no_grad():
             images = data.validation.batch(torch.arange(len(data.validation)))[0]
             apart.append(float((student(images) - teacher(images)).square().sum(1).mean()))
@@ -68,14 +68,14 @@ def test_distillation_pulls_towards_the_teacher():
 
 
 def test_same_batches_same_weights():
-    students = [fit(network(), batches(separable(), network(1).eval()), learning_rate=0.1) for _ in range(2)]
+    students = [train(network(), batches(separable(), network(1).eval()), learning_rate=0.1) for _ in range(2)]
     for a, b in zip(*(student.state_dict().values() for student in students), strict=True):
         assert torch.equal(a, b)
 
 
 def test_divergence_is_told():
     with pytest.raises(Diverged, match="loss is"):
-        fit(network(), batches(separable()), learning_rate=1e30)
+        train(network(), batches(separable()), learning_rate=1e30)
 
 
 def test_recalibration_is_the_plain_mean_of_batch_statistics():
@@ -144,7 +144,7 @@ def test_a_step_is_few_kernels_and_waits_for_nothing():
     for steps in (11, 12):
         part = [(*data.train.batch(torch.arange(16)), torch.randn(16, 10))] * steps
         with counted() as (kernels, traffic):
-            fit(student, Given(part), learning_rate=0.01, kd_weight=0.1)
+            train(student, Given(part), learning_rate=0.01, kd_weight=0.1)
         calls.append(kernels)
         assert traffic.reads["tolist"] == 2  # after ten steps, and at the end
         assert traffic.reads.total() <= 3  # the optimizer looks at its rate, once
@@ -164,7 +164,7 @@ class Given(list):
 def test_a_replayed_step_is_a_step():
     """What is recorded on a GPU runs uncaptured on a CPU, with static copies of the batches or without."""
     data = separable()
-    students = [fit(network(), batches(data, network(1).eval()), learning_rate=0.1, capture=c) for c in (False, True)]
+    students = [train(network(), batches(data, network(1).eval()), learning_rate=0.1, capture=c) for c in (False, True)]
     assert all(torch.equal(a, b) for a, b in zip(*(s.state_dict().values() for s in students), strict=True))
 
 
@@ -177,7 +177,7 @@ def test_the_loss_sees_logits_of_full_precision(monkeypatch):
         return whole(logits, teacher, labels, weight)
 
     monkeypatch.setattr(native, "kd_loss_and_grad", spy)
-    fit(network(), batches(separable(), network(1).eval(), 0.1), learning_rate=0.01, kd_weight=0.1, autocast=True)
+    train(network(), batches(separable(), network(1).eval(), 0.1), learning_rate=0.01, kd_weight=0.1, autocast=True)
     assert set(seen) == {(torch.float32, torch.float32)}
 
 
@@ -186,7 +186,7 @@ import torch
 from torch import nn
 from n2n_fast.training.batches import Batches
 from n2n_fast.training.data import from_tensors
-from n2n_fast.training.distill import fit
+from n2n_fast.training.distill import train
 torch.set_num_threads(2)
 images, labels = torch.randn(128, 3, 8, 8), torch.arange(128) % 2
 data = from_tensors("noise", (images, labels), seed=0)
@@ -195,7 +195,8 @@ for width in (5, 13, 29, 51, 115):
         nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 2 * width + 1, 1),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width + 1, 2),
     )
-    fit(net, Batches(data.train, lambda images: torch.zeros(len(images), 2), 2.0, 32, None, seed=0), learning_rate=0.01)
+    batches = Batches(data.train, lambda images: torch.zeros(len(images), 2), 2.0, 32, None, seed=0)
+    train(net, batches, learning_rate=0.01)
     assert all(bool(value.isfinite().all()) for value in net.state_dict().values())
 print("trained")
 """

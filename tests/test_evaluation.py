@@ -10,6 +10,7 @@ import n2n_fast
 from elsewhere import ELSEWHERE, Fetching, tensors_of
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search import evaluation
+from n2n_fast.search import teacher as teacher_module
 from n2n_fast.search.config import SearchConfig
 from n2n_fast.search.evaluation import Evaluation, Evaluator, Recipe
 from n2n_fast.training import distill
@@ -61,7 +62,7 @@ def test_weights_that_are_not_finite_are_an_error(value, steps, evaluator, monke
     judge = evaluator(steps)
     spoiled(monkeypatch, lambda student: [p.fill_(value) for p in student.parameters() if p.ndim > 1])
     found = judge.evaluate(judge.space.teacher, 0)
-    assert found.accuracy is None
+    assert found.short_accuracy is None
     assert "not finite" in found.error or "the loss is" in found.error
     assert Evaluation.from_record(vars(found), timed=False) == found
 
@@ -72,7 +73,7 @@ def test_a_single_image_without_finite_logits_is_an_error(evaluator, data):
     bright[3] = NAN
     object.__setattr__(judge._images, "images", bright)
     found = judge.evaluate(judge.space.teacher, 0)
-    assert found.accuracy is None
+    assert found.short_accuracy is None
     assert "the logits of 1 of" in found.error
     with seeded(0, torch.device("cpu")):
         model = SmallResNet(1, data.classes, 1).eval()
@@ -82,9 +83,9 @@ def test_a_single_image_without_finite_logits_is_an_error(evaluator, data):
 @pytest.mark.parametrize("latency", [NAN, math.inf])
 def test_a_latency_that_is_not_finite_is_an_error(latency, evaluator, monkeypatch):
     judge = evaluator(max_latency=5.0)
-    monkeypatch.setattr(evaluation, "latency_ms", lambda *_: latency)
+    monkeypatch.setattr(teacher_module, "latency_ms", lambda *_: latency)
     found = judge.evaluate(judge.space.teacher, 0)
-    assert (found.accuracy, found.latency) == (None, None)
+    assert (found.short_accuracy, found.latency) == (None, None)
     assert "latency" in found.error
 
 
@@ -104,7 +105,7 @@ def test_an_overflow_of_mixed_precision_diverges(dtype, evaluator, monkeypatch):
     judge = evaluator(2)
     spoiled(monkeypatch, lambda student: student.fc.weight.fill_(1e38))
     found = judge.evaluate(judge.space.teacher, 0)
-    assert found.accuracy is None
+    assert found.short_accuracy is None
     assert "the loss is" in found.error
     with pytest.raises(Diverged):
         judge.train(judge.space.teacher, 1, "a student")

@@ -18,7 +18,7 @@ from n2n_fast.search.checkpoint import Interrupted
 from n2n_fast.search.reinforce import SearchProgress, compress
 from n2n_fast.search.result import load_student
 from n2n_fast.training.batches import Batches, TeacherLogits
-from n2n_fast.training.distill import fit, seeded
+from n2n_fast.training.distill import seeded, train
 from n2n_fast.training.teachers import SmallResNet
 from quarters import TINY, quarters, taught
 from test_native import DTYPES, LOGIT_SHAPES, SMALL_PLAN, assert_results, logits, plan
@@ -174,7 +174,7 @@ def test_recorded_steps_train_as_plain_ones_do(device):
             model = SmallResNet(1, data.classes, 1)
         batches = Batches(data.train, logits_of_teacher, 2, 32, None, seed=0)
         with tf32(False):
-            fit(model.to(device), batches, learning_rate=0.02, kd_weight=0.1, autocast=False, capture=capture)
+            train(model.to(device), batches, learning_rate=0.02, kd_weight=0.1, autocast=False, capture=capture)
             trained.append(model(data.validation.batch(torch.arange(16, device=device))[0]).detach())
     assert_near(trained[1], trained[0], 1e-2)  # digits that differ at first are multiplied by every step
 

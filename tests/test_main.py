@@ -560,7 +560,7 @@ def test_running_out_of_memory_is_one_line_and_tells_how_to_go_on(digits_teacher
     assert (code, err.count("\n")) == (2, 1)
     assert "CUDA out of memory. Tried to allocate 2.00 GiB.); lower --batch-size" in err
     assert err.endswith("what is done is kept, go on with: n2n-fast run --resume here\n")
-    monkeypatch.setattr(main.teachers, "fit", fails)
+    monkeypatch.setattr(main.teachers, "train", fails)
     code, _, err = invoke("teach", "--arch", "digits_resnet", "--quiet")
     assert (code, err.count("\n")) == (2, 1)
     assert err.startswith("n2n-fast: out of memory (CUDA out of memory")

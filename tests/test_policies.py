@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from n2n_fast.search.policies import LIKENESS, RemovalPolicy, ShrinkagePolicy, imitate
+from n2n_fast.search.policies import LIKENESS, RemovalPolicy, ShrinkagePolicy, clone_behaviour
 
 Policy = RemovalPolicy | ShrinkagePolicy
 FEATURES, LAYERS, RATIOS = 5, 6, 4
@@ -91,10 +91,10 @@ def test_removal_starts_at_its_keep_probability() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_policy_that_imitates_draws_around_what_it_was_shown(kind: str) -> None:
+def test_a_warm_started_policy_draws_around_what_it_was_shown(kind: str) -> None:
     policy, x, mask = make(kind), sequence(), mask_of(kind, [True, True, False, True, True, True])
     shown = policy.spread(mask, 0.7, torch.Generator().manual_seed(3))
-    imitate(policy, x, mask, shown)
+    clone_behaviour(policy, x, mask, shown)
     drawn = sample(policy, x, mask, 2000)
     wanted = policy.around(shown)
     if kind == "removal":
@@ -107,7 +107,7 @@ def test_a_policy_that_imitates_draws_around_what_it_was_shown(kind: str) -> Non
         assert (wanted[:, 1].max(1).values >= LIKENESS - 1e-6).all()
     assert torch.allclose(found[mask], wanted[mask].double(), atol=0.12)
     assert (drawn != shown).any()
-    imitate(policy, x, torch.zeros_like(mask), shown)  # nothing to choose: nothing to learn
+    clone_behaviour(policy, x, torch.zeros_like(mask), shown)  # nothing to choose: nothing to learn
     assert torch.equal(sample(policy, x, mask, 2000), drawn)
 
 

@@ -10,12 +10,14 @@ import torch
 import n2n_fast
 from n2n_fast.files.errors import BadInput, DeviceFault
 from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.search import evaluation, reinforce
+from n2n_fast.search import anchors, evaluation, reinforce
 from n2n_fast.search import result as result_module
+from n2n_fast.search import stage as stage_module
+from n2n_fast.search import teacher as teacher_module
 from n2n_fast.search.checkpoint import Interrupted
 from n2n_fast.search.config import SearchConfig
-from n2n_fast.search.policies import imitate
-from n2n_fast.search.predictor import ProxyMap
+from n2n_fast.search.policies import RemovalPolicy, ShrinkagePolicy, clone_behaviour
+from n2n_fast.search.predictor import AccuracyPredictor
 from n2n_fast.search.reinforce import compress
 from n2n_fast.search.result import load_student
 from n2n_fast.search.reward import Constraints, Cost, reward
@@ -45,6 +47,10 @@ def result(teacher, data, tmp_path_factory):
 def lines(run, kind="rollout"):
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     return [line for line in history if line["kind"] == kind]
+
+
+def predictor_of(line):
+    return AccuracyPredictor(**{field.name: line[field.name] for field in fields(AccuracyPredictor)})
 
 
 def untimed(run):
@@ -81,15 +87,16 @@ def test_history_holds_every_rollout_with_its_own_reward(result):
         (stage, update, index) for stage in ("removal", "shrinkage") for update in range(2) for index in range(3)
     ]
     teacher = result.table["teacher"]
-    maps = {(m["stage"], m["update"]): ProxyMap(**{k: v for k, v in m.items() if k not in ("kind", "stage", "update")})
-            for m in lines(result.out, "map")}  # fmt: skip
-    assert all(m.count >= 4 for m in maps.values())
-    assert {m.error is not None for m in maps.values()} == {True}
+    learned = {(line["stage"], line["update"]): predictor_of(line) for line in lines(result.out, "predictor")}
+    assert all(predictor.count >= 4 for predictor in learned.values())
+    assert {predictor.error is not None for predictor in learned.values()} == {True}
     for rollout in history:
-        if rollout["accuracy"] is not None:
-            corrected = maps[rollout["stage"], rollout["update"]](rollout["proxy_accuracy"])
-            assert (rollout["accuracy"], rollout["accuracy_error"]) == corrected
-            expected = reward(rollout["accuracy"], rollout["params"], teacher["validation_accuracy"], teacher["params"])
+        if rollout["predicted_accuracy"] is not None:
+            predicted = learned[rollout["stage"], rollout["update"]](rollout["short_accuracy"])
+            assert (rollout["predicted_accuracy"], rollout["accuracy_error"]) == predicted
+            expected = reward(
+                rollout["predicted_accuracy"], rollout["params"], teacher["validation_accuracy"], teacher["params"]
+            )
             assert rollout["reward"] == expected
         else:
             assert rollout["reward"] == -1
@@ -119,7 +126,7 @@ def test_the_front_holds_what_no_student_beats(result):
         costs, accuracies = zip(*((p[by], p["accuracy"]) for p in held[by]), strict=True)
         assert sorted(costs) == list(costs)
         assert sorted(accuracies) == list(accuracies)
-        assert min(costs) == min(r[by] for r in everyone if r["proxy_accuracy"] is not None)
+        assert min(costs) == min(r[by] for r in everyone if r["short_accuracy"] is not None)
 
 
 def test_the_best_of_those_trained_fully_is_the_result(teacher, data, tmp_path):
@@ -127,10 +134,10 @@ def test_the_best_of_those_trained_fully_is_the_result(teacher, data, tmp_path):
     finals = lines(found.out, "final")
     assert len({f["architecture"] for f in finals}) == 3
     of = found.table["teacher"]
-    rewards = [reward(f["accuracy"], f["params"], of["validation_accuracy"], of["params"]) for f in finals]
+    rewards = [reward(f["full_accuracy"], f["params"], of["validation_accuracy"], of["params"]) for f in finals]
     best = finals[rewards.index(max(rewards))]
     assert found.table["student"]["params"] == best["params"]
-    assert found.table["student"]["validation_accuracy"] == best["accuracy"]
+    assert found.table["student"]["validation_accuracy"] == best["full_accuracy"]
 
 
 def test_an_architecture_seen_before_costs_nothing(teacher, data, tmp_path, monkeypatch):
@@ -162,7 +169,7 @@ def test_the_objective_is_what_the_reward_counts(objective, teacher, data, tmp_p
     for rollout in lines(found.out):
         assert (rollout["latency"] is None) == (objective == "macs")
         if objective == "macs":
-            expected = reward(rollout["accuracy"], rollout["macs"], of["validation_accuracy"], of["macs"])
+            expected = reward(rollout["predicted_accuracy"], rollout["macs"], of["validation_accuracy"], of["macs"])
             assert rollout["reward"] == expected
         else:
             assert rollout["latency"] > 0
@@ -174,7 +181,7 @@ def test_a_drop_below_the_teacher_is_a_limit(teacher, data, tmp_path):
     least = found.table["teacher"]["validation_accuracy"] - 0.005
     assert found.feasible == (found.table["student"]["validation_accuracy"] >= least)
     for rollout in lines(found.out):
-        assert rollout["feasible"] == (rollout["accuracy"] >= least)
+        assert rollout["feasible"] == (rollout["predicted_accuracy"] >= least)
 
 
 def test_a_limit_on_accuracy_is_judged_by_what_the_final_training_gives(teacher, data, tmp_path):
@@ -184,16 +191,16 @@ def test_a_limit_on_accuracy_is_judged_by_what_the_final_training_gives(teacher,
     assert [(a["stage"], a["index"]) for a in finished] == [("removal", TINY.anchors // 2)]
     teacher_accuracy = found.table["teacher"]["validation_accuracy"]
     for stage in ("removal", "shrinkage"):
-        held = [line for line in lines(found.out, "map") if line["stage"] == stage][-1]
-        of_stage = {field.name: held[field.name] for field in fields(ProxyMap)}
+        held = [line for line in lines(found.out, "predictor") if line["stage"] == stage][-1]
+        learned = predictor_of(held)
         rollouts = [r for r in lines(found.out) if r["stage"] == stage and r["update"] == TINY.updates - 1]
         if stage == "removal":
-            pairs = [(a["accuracy"], a["final_accuracy"]) for a in finished]
-            untaught = ProxyMap(**{**of_stage, "remaining": 1.0, "gain": 0.0, "teacher": 0.0})
-            assert untaught.finishing(pairs, teacher_accuracy) == ProxyMap(**of_stage)
+            pairs = [(a["full_accuracy"], a["final_accuracy"]) for a in finished]
+            before = replace(learned, remaining=1.0, gain=0.0, teacher=0.0)
+            assert before.learned_final(pairs, teacher_accuracy) == learned
             for r in rollouts:
-                if r["accuracy"] is not None:
-                    assert (r["accuracy"], r["accuracy_error"]) == ProxyMap(**of_stage)(r["proxy_accuracy"])
+                if r["short_accuracy"] is not None:
+                    assert (r["predicted_accuracy"], r["accuracy_error"]) == learned(r["short_accuracy"])
 
 
 @pytest.mark.parametrize(("objective", "limited"), [("params", "params"), ("macs", "macs"), ("params", "macs")])
@@ -203,16 +210,16 @@ def test_students_are_brought_to_the_limits(objective, limited, teacher, data, t
     config = replace(TINY, objective=objective, updates=3, **{f"max_{limited}": limit})
     found = compress(teacher, data, config, tmp_path / "at the limits")
     of = found.table["teacher"]
-    tried = [r for r in lines(found.out) + lines(found.out, "anchor") if r["accuracy"] is not None]
+    tried = [r for r in lines(found.out) + lines(found.out, "anchor") if r["short_accuracy"] is not None]
     assert {r["stage"] for r in tried} == {"removal", "shrinkage"}
     assert all(r[limited] <= limit for r in tried)
     near = [r[limited] > 0.85 * limit for r in tried if r["stage"] == "removal" or objective == limited]
     assert sum(near) > 0.7 * len(near)
     for r in lines(found.out):
-        if r["accuracy"] is not None:
+        if r["predicted_accuracy"] is not None:
             assert r["feasible"]
             counted = max(r[objective], limit) if objective == limited else r[objective]
-            assert r["reward"] == reward(r["accuracy"], counted, of["validation_accuracy"], of[objective])
+            assert r["reward"] == reward(r["predicted_accuracy"], counted, of["validation_accuracy"], of[objective])
     mildest = next(a for a in lines(found.out, "anchor") if (a["stage"], a["index"]) == ("removal", 0))
     narrowed = space.shrink_within(space.teacher, space.tilted(MOST_TILTED / 2, limited), **{limited: limit})
     assert (mildest["params"], mildest["macs"]) == (narrowed.params, narrowed.macs)
@@ -246,29 +253,29 @@ def test_a_limit_that_no_narrowing_reaches_is_told(teacher, data, tmp_path):
 
 
 def test_where_nothing_is_removed_the_second_stage_shrinks_the_teacher_itself(teacher, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(reinforce.RemovalPolicy, "sample", lambda self, x, mask, count, generator: mask.new_ones(
+    monkeypatch.setattr(RemovalPolicy, "sample", lambda self, x, mask, count, generator: mask.new_ones(
         count, len(mask), dtype=torch.int64))  # fmt: skip
     found = compress(teacher, data, replace(PLAIN, updates=1, max_params=20_000), tmp_path / "whole")
     whole, *students = lines(found.out, "final")
     of = found.table["teacher"]
-    assert (whole["params"], whole["accuracy"]) == (of["params"], of["validation_accuracy"])
+    assert (whole["params"], whole["full_accuracy"]) == (of["params"], of["validation_accuracy"])
     assert all(student["params"] <= 20_000 for student in students)
 
 
 def test_what_is_within_the_limits_after_stage_one_is_trained_in_the_last(teacher, data, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        reinforce.RemovalPolicy, "sample", lambda self, x, mask, count, generator: (~mask).long().expand(count, -1)
+        RemovalPolicy, "sample", lambda self, x, mask, count, generator: (~mask).long().expand(count, -1)
     )
     most = ArchitectureSpace(teacher, data.train.batch(torch.arange(2))[0]).teacher.params - 1
     config = replace(PLAIN, updates=1, rollouts=1, keep_top=1, max_params=most)
-    monkeypatch.setattr(reinforce.ShrinkagePolicy, "sample", lambda self, x, mask, count, generator: torch.full(
+    monkeypatch.setattr(ShrinkagePolicy, "sample", lambda self, x, mask, count, generator: torch.full(
         (count, len(mask), 2), self.ratios - 1))  # fmt: skip
     told = []
-    monkeypatch.setattr(reinforce.SearchProgress, "stage", lambda self, name, steps: told.append(name))
+    monkeypatch.setattr(reinforce.SearchProgress, "phase", lambda self, name, steps: told.append(name))
     found = compress(teacher, data, config, tmp_path / "within")
     removed, student = lines(found.out, "final")
     assert student["params"] == removed["params"] < most
-    assert student["accuracy"] == found.table["student"]["validation_accuracy"]
+    assert student["full_accuracy"] == found.table["student"]["validation_accuracy"]
     assert "training the best of shrinkage" in " ".join(told)
 
 
@@ -281,9 +288,9 @@ def test_students_that_have_to_be_fast_are_not_made_wider(teacher, data, tmp_pat
     assert smallest[1] < 0.8 * smallest[0]
 
 
-def test_policies_begin_by_imitating_the_best_anchor(result, teacher, data, tmp_path, monkeypatch):
+def test_policies_begin_at_the_best_anchor(result, teacher, data, tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(reinforce, "imitate", lambda *of: (shown.append(of), imitate(*of)))
+    monkeypatch.setattr(anchors, "clone_behaviour", lambda *of: (shown.append(of), clone_behaviour(*of)))
     for stage in ("removal", "shrinkage"):
         config = replace(TINY, stages=stage, updates=1)
         found = compress(teacher, data, config, tmp_path / stage)
@@ -292,7 +299,7 @@ def test_policies_begin_by_imitating_the_best_anchor(result, teacher, data, tmp_
         of = found.table["teacher"]
         best = max(
             lines(found.out, "anchor"),
-            key=lambda a: reward(a["accuracy"], a["params"], of["validation_accuracy"], of["params"]),
+            key=lambda a: reward(a["full_accuracy"], a["params"], of["validation_accuracy"], of["params"]),
         )
         space = ArchitectureSpace(teacher, data.train.batch(torch.arange(2))[0])
         if stage == "removal":
@@ -355,7 +362,7 @@ def test_an_interrupted_search_goes_on_to_the_same_end(calls, result, teacher, d
         assert all(torch.equal(value, expected[name]) for name, value in policy.items())
 
 
-@pytest.mark.parametrize(("owner", "name"), [(evaluation.Evaluator, "evaluate"), (evaluation, "fit")])
+@pytest.mark.parametrize(("owner", "name"), [(evaluation.Evaluator, "evaluate"), (evaluation, "train")])
 def test_running_out_of_memory_ends_a_search_that_can_be_resumed(
     owner, name, result, teacher, data, tmp_path, monkeypatch
 ):
@@ -416,17 +423,17 @@ def test_another_seed_another_history(result, teacher, data, tmp_path):
 
 def test_test_split_is_read_only_at_the_end(teacher, data, tmp_path, monkeypatch):
     events = []
-    measured, trained = n2n_fast.training.data.accuracy, evaluation.fit
-    for module in (reinforce, evaluation, result_module):
+    measured, trained = n2n_fast.training.data.accuracy, evaluation.train
+    for module in (stage_module, teacher_module, evaluation, result_module):
         monkeypatch.setattr(
             module,
             "accuracy",
             lambda m, split, **how: (events.append("test" if split is data.test else ""), measured(m, split, **how))[1],
         )
-    monkeypatch.setattr(evaluation, "fit", lambda *a, **k: (events.append("fit"), trained(*a, **k))[1])
+    monkeypatch.setattr(evaluation, "train", lambda *a, **k: (events.append("train"), trained(*a, **k))[1])
     compress(teacher, data, replace(TINY, stages="shrinkage", updates=1), tmp_path / "d")
     assert events.count("test") == 2
-    assert "fit" not in events[events.index("test") :]
+    assert "train" not in events[events.index("test") :]
 
 
 def test_degenerate_students_are_never_built(teacher, data, tmp_path, monkeypatch):
@@ -463,10 +470,10 @@ def test_unmet_limits_are_told_and_the_nearest_student_is_saved(teacher, data, t
     assert not found.feasible
     history = lines(found.out)
     limits = Constraints(max_params=1)
-    nearest = min(limits.violation(Cost(r["params"], r["macs"]), r["accuracy"]) for r in history)
+    nearest = min(limits.violation(Cost(r["params"], r["macs"]), r["predicted_accuracy"]) for r in history)
     assert found.table["gaps"] == {"params": pytest.approx(found.table["student"]["params"] - 1)}
     assert limits.violation(Cost(found.table["student"]["params"], 0), 1.0) <= 1.5 * nearest  # the best of the nearest
-    plain = [reward(r["accuracy"], r["params"], found.table["teacher"]["validation_accuracy"],
+    plain = [reward(r["predicted_accuracy"], r["params"], found.table["teacher"]["validation_accuracy"],
                     found.table["teacher"]["params"]) for r in history]  # fmt: skip
     assert [r["reward"] for r in history[:3]] == plain[:3]
     assert [r["reward"] for r in history[3:]] == [Constraints.anneal(value, 1) for value in plain[3:]]
@@ -476,26 +483,26 @@ def test_the_reward_falls_steadily_beyond_a_limit(teacher, data, tmp_path):
     whole = sum(p.numel() for p in teacher.parameters())
     config = replace(PLAIN, stages="removal", updates=3, max_params=whole // 10, penalty=0.05)
     found = compress(teacher, data, config, tmp_path / "f")
-    of, rollouts = found.table["teacher"], [line for line in lines(found.out) if line["accuracy"] is not None]
+    of, rollouts = found.table["teacher"], [line for line in lines(found.out) if line["predicted_accuracy"] is not None]
     severities = [min(1.0, max(0.0, 0.05 * (line["params"] / config.max_params - 1))) for line in rollouts]
     assert any(0 < severity < 1 and line["update"] for line, severity in zip(rollouts, severities, strict=True))
     for line, severity in zip(rollouts, severities, strict=True):
         counted = max(line["params"], config.max_params)
-        plain = reward(line["accuracy"], counted, of["validation_accuracy"], of["params"])
+        plain = reward(line["predicted_accuracy"], counted, of["validation_accuracy"], of["params"])
         assert line["reward"] == pytest.approx(Constraints.anneal(plain, line["update"], severity))
         assert line["feasible"] == (severity == 0)
 
 
 def test_a_diverging_student_scores_minus_one_and_the_search_goes_on(teacher, data, tmp_path, monkeypatch):
     count = iter(range(100))
-    trained = evaluation.fit
+    trained = evaluation.train
 
     def fails_once(*args, **kwargs):
         if next(count) == 1:
             raise Diverged("the loss is nan at step 10")
         return trained(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "fit", fails_once)
+    monkeypatch.setattr(evaluation, "train", fails_once)
     found = compress(teacher, data, replace(PLAIN, stages="removal", updates=1), tmp_path / "g")
     history = lines(found.out)
     assert [r["reward"] == -1 for r in history] == [False, True, False]
@@ -632,7 +639,7 @@ def test_the_search_goes_on_past_students_that_are_not_finite(teacher, data, tmp
     again = compress(teacher, data, config, tmp_path / "spoiled")
     failed = [line for line in lines(again.out) if line["error"] is not None and line["architecture"]]
     assert failed
-    assert all(line["reward"] == -1.0 and line["accuracy"] is None for line in failed)
+    assert all(line["reward"] == -1.0 and line["predicted_accuracy"] is None for line in failed)
     assert len(failed) < len(lines(again.out))
 
 

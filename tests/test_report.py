@@ -55,14 +55,14 @@ def keep(run, *names):
             path.unlink()
 
 
-def test_maps_stand_where_they_were_fitted(tiny_run):
+def test_predictors_stand_where_they_learned(tiny_run):
     for stage in read_run(tiny_run).stages:
-        by_anchors, by_finals = stage.maps[:3], stage.maps[3:]
+        by_anchors, by_finals = stage.predictors[:3], stage.predictors[3:]
         assert [done for done, _ in by_anchors] == [0, 0, 3]  # after anchors 3 and 4, and the one of update 1
         assert [line["count"] for _, line in by_anchors] == [3, 4, 5]
         assert all(done == 6 for done, _ in by_finals)
         assert stage.name == "shrinkage" or not by_finals
-        assert stage.maps[-1][1]["error"] is not None
+        assert stage.predictors[-1][1]["error"] is not None
 
 
 def test_the_front_is_the_one_that_the_search_wrote(run):
@@ -78,7 +78,7 @@ def test_the_front_is_the_one_that_the_search_wrote(run):
 
 def test_the_best_so_far_prefers_the_feasible():
     rewards = [(None, -1.0, False), (0.9, 0.8, False), (0.5, 0.3, True), (0.9, 0.7, False), (0.9, 0.6, True)]
-    rollouts = [dict(zip(("accuracy", "reward", "feasible"), line, strict=True)) for line in rewards]
+    rollouts = [dict(zip(("predicted_accuracy", "reward", "feasible"), line, strict=True)) for line in rewards]
     assert Stage("removal", rollouts).best() == [None, 0.8, 0.3, 0.3, 0.6]
 
 
@@ -128,7 +128,7 @@ def test_report_of_students_that_all_failed(run):
     pytest.importorskip("matplotlib")
     keep(run, "history.jsonl")
     rollout = next(line for line in lines(run) if line["kind"] == "rollout")
-    none = dict.fromkeys(("architecture", "params", "macs", "proxy_accuracy", "accuracy", "accuracy_error"))
+    none = dict.fromkeys(("architecture", "params", "macs", "short_accuracy", "predicted_accuracy", "accuracy_error"))
     failed = {**rollout, **none, "reward": -1.0, "feasible": False, "error": "cannot meet"}
     (run / "history.jsonl").write_text(f"{json.dumps(failed)}\n" * 3)
     assert report.write_report(run)[0].read_bytes().startswith(b"\x89PNG")

@@ -1,5 +1,7 @@
 """What a search leaves can be read where there is no such device as it ran on."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -29,10 +31,16 @@ def finish(monkeypatch, tmp_path):
     def run():
         with Fetching(), RunDirectory(tmp_path / "run", {}) as directory:
             directory.begin()
-            return result.finish(
-                directory, data.to(ELSEWHERE), SearchConfig(), Constraints(None, None, None), teacher, student,
-                [result.Chosen("shrinkage", space, arch)], [], SearchProgress(),
-            )  # fmt: skip
+            search = SimpleNamespace(
+                directory=directory,
+                data=data.to(ELSEWHERE),
+                config=SearchConfig(),
+                constraints=Constraints(),
+                teacher=SimpleNamespace(module=teacher),
+                progress=SearchProgress(),
+                finished=[],
+            )
+            return result.finish(search, student, [result.Chosen("shrinkage", space, arch)])
 
     return run
 

@@ -117,7 +117,7 @@ def test_the_digits_teacher_learns(digits: ImageData) -> None:
     lengths: list[int] = []
 
     class Listener(Progress):
-        def stage(self, name: str, length: int) -> None:
+        def phase(self, name: str, length: int) -> None:
             lengths.append(length)
 
         def step(self, step: int, loss: float, accuracy: float) -> None:

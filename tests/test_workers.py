@@ -15,9 +15,9 @@ from n2n_fast import SearchConfig, Workers, compress, from_tensors
 from n2n_fast.files.errors import BadInput, DeviceFault
 from n2n_fast.search.evaluation import Evaluation
 from n2n_fast.search.reinforce import SearchProgress
-from n2n_fast.search.workers import TRIES, Here, RayEngine, evaluated, gpu_share
+from n2n_fast.search.workers import TRIES, Executor, RayExecutor, evaluated, gpu_share
 from n2n_fast.training.batches import Batches
-from n2n_fast.training.distill import fit, seeded
+from n2n_fast.training.distill import seeded, train
 from n2n_fast.training.teachers import SmallResNet
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
@@ -64,9 +64,9 @@ def test_a_failing_device_is_no_students_fault():
 
 
 def test_here_students_are_evaluated_one_by_one_and_on_demand():
-    engine, evaluator = Here(), Fails(0)
-    engine.begin(evaluator, None)
-    found = engine.evaluate([(None, 0)] * 3)
+    executor, evaluator = Executor(), Fails(0)
+    executor.begin(evaluator, None)
+    found = executor.evaluate([(None, 0)] * 3)
     next(found)
     assert evaluator.left == -1
 
@@ -83,7 +83,7 @@ def test_useless_workers_are_refused(given):
 @pytest.mark.skipif(HAS_RAY, reason="Ray is installed")
 def test_without_ray_it_is_said_what_to_install():
     with pytest.raises(BadInput, match=r"pip install 'n2n_fast\[ray\]'"):
-        RayEngine(Workers(2))
+        RayExecutor(Workers(2))
 
 
 @pytest.mark.parametrize(("gpus", "workers"), [(1, 1), (1, 3), (2, 3), (3, 7), (8, 3), (8, 8), (8, 9), (4, 1000)])
@@ -119,8 +119,8 @@ class Recorder:
 )
 def test_workers_get_a_share_of_the_gpus_where_the_run_is_on_one(device, gpus, share, sent, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", ray := Recorder())
-    engine = RayEngine(Workers(4, gpus=gpus))
-    engine.begin(MagicMock(device=torch.device(device), config=SearchConfig()), None)
+    executor = RayExecutor(Workers(4, gpus=gpus))
+    executor.begin(MagicMock(device=torch.device(device), config=SearchConfig()), None)
     assert ray.asked == [share] * 4
     assert ray.sent[0].args[1] == sent
 
@@ -132,7 +132,7 @@ def test_workers_get_a_share_of_the_gpus_where_the_run_is_on_one(device, gpus, s
 def test_workers_that_cannot_do_as_the_run_does_are_refused(there, gpus, settings, expected, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", Recorder(there))
     with pytest.raises(BadInput, match=expected):
-        RayEngine(Workers(4, gpus=gpus)).begin(
+        RayExecutor(Workers(4, gpus=gpus)).begin(
             MagicMock(device=torch.device("cuda"), config=SearchConfig(**settings)), None
         )
 
@@ -150,7 +150,7 @@ def data():
 def teacher(data):
     with seeded(0, torch.device("cpu")):
         model = SmallResNet(1, data.classes, 1)
-    return fit(model, Batches(data.train, model, 4, 32, None, seed=0), learning_rate=0.1)
+    return train(model, Batches(data.train, model, 4, 32, None, seed=0), learning_rate=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +219,11 @@ class Scripted:
 @pytest.mark.timeout(120)
 def test_a_workers_failing_device_ends_the_run_once_what_came_before_is_given(cluster):
     fault = RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
-    engine, script = RayEngine(Workers(1)), Scripted(bad=fault, luckless=RuntimeError("out of luck"))
-    with contextlib.closing(engine):
-        engine.begin(script, script)
-        found = engine.evaluate([(None, seed) for seed in ("good", "luckless", "bad", "late")])
-        assert next(found).accuracy == 0.5
+    executor, script = RayExecutor(Workers(1)), Scripted(bad=fault, luckless=RuntimeError("out of luck"))
+    with contextlib.closing(executor):
+        executor.begin(script, script)
+        found = executor.evaluate([(None, seed) for seed in ("good", "luckless", "bad", "late")])
+        assert next(found).short_accuracy == 0.5
         assert next(found).error == "RuntimeError: out of luck"
         with pytest.raises(DeviceFault, match=r"^the device failed \(CUDA error: an illegal memory access"):
             next(found)
@@ -244,11 +244,11 @@ def test_a_workers_failing_device_ends_the_run_once_what_came_before_is_given(cl
     ids=["memory", "input"],
 )
 def test_a_worker_that_cannot_be_made_tells_why_at_once(error, kind, expected, cluster):
-    engine, script = RayEngine(Workers(1)), Scripted(error)
-    with contextlib.closing(engine):
-        engine.begin(script, script)
+    executor, script = RayExecutor(Workers(1)), Scripted(error)
+    with contextlib.closing(executor):
+        executor.begin(script, script)
         with pytest.raises(kind, match=expected):
-            next(engine.evaluate([(None, "good")]))
+            next(executor.evaluate([(None, "good")]))
 
 
 @needs_ray

@@ -54,12 +54,13 @@ from n2n_fast import SearchConfig
 from n2n_fast.files.errors import DegenerateArchitecture
 from n2n_fast.networks.graph import Architecture
 from n2n_fast.search.config import PAPER
-from n2n_fast.search.evaluation import Evaluator, restored
+from n2n_fast.search.evaluation import Evaluator
+from n2n_fast.search.teacher import restored
 from n2n_fast.search.transition import Transition
 from n2n_fast.training import teachers
 from n2n_fast.training.batches import Batches, TeacherLogits
 from n2n_fast.training.data import accuracy
-from n2n_fast.training.distill import fit, recalibrate, seeded
+from n2n_fast.training.distill import recalibrate, seeded, train
 
 HERE = Path(__file__).parent / "results"
 WORK = Path("build") / "fashion_mnist"  # what is too large to keep
@@ -160,7 +161,7 @@ def proxy(directory, name, number):
         given = teacher_logits(directory, name), calibration(directory, name), SearchConfig(rollout_steps=steps)
         evaluator = Evaluator("proxy", space, found, *given)
         evaluation = evaluator.evaluate(arch, seed=0)
-        row[f"steps {steps}"] = evaluation.accuracy
+        row[f"steps {steps}"] = evaluation.short_accuracy
         row[f"seconds {steps}"] = sum(evaluation.seconds.values())
     for epochs in (10.0,) if number < STUDENTS else (1.0, 10.0):
         start = time.perf_counter()
@@ -253,7 +254,7 @@ def halving(directory, name, seed):
     file = WORK / f"{name}-search-{seed}" / "checkpoint.pt"
     if not file.exists():
         raise SystemExit(f"{name}-search-{seed} comes first, its directory in {WORK} is needed")
-    removed = torch.load(file)["trained"][0]
+    removed = torch.load(file)["finished"][0]
     found, fitted, whole = images(directory, name), calibration(directory, name), calibrated(directory, name)
     student = restored(whole, Architecture.from_json(removed["architecture"]), removed["student"])
     space = n2n_fast.ArchitectureSpace(student, fitted[:2], fitted)
@@ -272,7 +273,7 @@ def halving(directory, name, seed):
             row = {"update": line["update"], "searched": line["short_accuracy"]}
             for kind, evaluator in evaluators.items():
                 evaluation = evaluator.evaluate(arch, seed=1)
-                row |= {kind: evaluation.accuracy, f"seconds {kind}": sum(evaluation.seconds.values())}
+                row |= {kind: evaluation.short_accuracy, f"seconds {kind}": sum(evaluation.seconds.values())}
             rows.append(row)
     return {"students": rows}
 
@@ -289,7 +290,7 @@ def trained_alike(directory, name, seed, model):
     batches = Batches(found.train, logits, *given, views=views)
     start = time.perf_counter()
     with seeded(seed, CPU):
-        fit(model, batches, learning_rate=config.final_learning_rate, kd_weight=config.kd_weight)
+        train(model, batches, learning_rate=config.final_learning_rate, kd_weight=config.kd_weight)
     params = sum(p.numel() for p in model.parameters())
     return {"params": params, "seconds": time.perf_counter() - start, **accuracies(model, found)}
 

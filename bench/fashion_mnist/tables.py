@@ -8,7 +8,7 @@ import statistics
 import numpy as np
 from study import ANCHORS, HERE, SEEDS, SMALLER, STUDENTS, TILTS, need
 
-from n2n_fast.search.predictor import Anchor, ProxyMap
+from n2n_fast.search.predictor import AccuracyPredictor
 from n2n_fast.search.reward import reward
 
 STEPS = (0, 20, 50)
@@ -53,7 +53,7 @@ def rewards(rows, accuracies):
 
 def mapped(accuracies, anchors, steps, epochs):
     """Accuracies after so many steps as a map of the anchors, trained for so many epochs, corrects them."""
-    fitted = ProxyMap.fit([Anchor("", a[f"steps {steps}"], a[f"epochs {epochs}"]) for a in anchors])
+    fitted = AccuracyPredictor.learned([(a[f"steps {steps}"], a[f"epochs {epochs}"]) for a in anchors])
     return [fitted(accuracy)[0] for accuracy in accuracies]
 
 
@@ -174,7 +174,7 @@ def one_map(name, stage):
     """Fitted to the anchors of all searches that are compared."""
     pieces = [f"{name}-{kind}-{seed}" for kind in COMPARED for seed in SEEDS]
     anchors = [line for piece in pieces for line in history(piece, "anchor") if line["stage"] == stage]
-    return ProxyMap.fit([Anchor("", a["short_accuracy"], a["full_accuracy"]) for a in anchors if a["full_accuracy"]])
+    return AccuracyPredictor.learned([(a["short_accuracy"], a["full_accuracy"]) for a in anchors if a["full_accuracy"]])
 
 
 def rejudged(name, kind, stage):

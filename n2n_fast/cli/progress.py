@@ -93,7 +93,7 @@ class Bar(SearchProgress):
         if not self._quiet or text.startswith("warning"):
             click.echo(text, err=True)
 
-    def stage(self, name: str, length: int) -> None:
+    def phase(self, name: str, length: int) -> None:
         self._close()
         self._name, self._length, self._done = name, length, 0
         self._start = self._told = time.perf_counter()

@@ -21,8 +21,8 @@ from n2n_fast.files.safe_load import parse_json
 Line = dict[str, Any]  # of history.jsonl
 Axes = Any  # matplotlib's; it is imported only where something is drawn
 
-SHORT, PREDICTED, ERROR = "proxy_accuracy", "accuracy", "accuracy_error"  # of a rollout's line
-TRAINED = "accuracy"  # of the line of an anchor or of a fully trained student
+SHORT, PREDICTED, ERROR = "short_accuracy", "predicted_accuracy", "accuracy_error"  # of a rollout's line
+TRAINED = "full_accuracy"  # of the line of an anchor or of a fully trained student
 COSTS = {"params": "params", "macs": "MACs"}
 DRAWN_KINDS = ("conv", "depthwise", "linear")
 INK, GREY, LIGHT, ACCENT = "#1a1a1a", "#767676", "#c9c9c9", "#1f5fa8"
@@ -43,13 +43,13 @@ tr.removed td { color: #767676; text-decoration: line-through }
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage's lines of history.jsonl. maps: how many rollouts were done when a map was fitted, and its line."""
+    """One stage's lines of history.jsonl. predictors: how many rollouts were done when one learned, and its line."""
 
     name: str
     rollouts: list[Line] = field(default_factory=list)
     anchors: list[Line] = field(default_factory=list)
     finals: list[Line] = field(default_factory=list)
-    maps: list[tuple[int, Line]] = field(default_factory=list)
+    predictors: list[tuple[int, Line]] = field(default_factory=list)
 
     def best(self) -> list[float | None]:
         """After each rollout the reward of the best so far, feasible before infeasible; None: nothing evaluated yet."""
@@ -116,8 +116,8 @@ def _stages(content: bytes) -> list[Stage]:
             break
         line = parse_json(text)
         stage = stages.setdefault(line["stage"], Stage(line["stage"]))
-        if line["kind"] == "map":
-            stage.maps.append((len(stage.rollouts), line))
+        if line["kind"] == "predictor":
+            stage.predictors.append((len(stage.rollouts), line))
         elif line["kind"] in ("rollout", "anchor", "final"):
             {"rollout": stage.rollouts, "anchor": stage.anchors, "final": stage.finals}[line["kind"]].append(line)
     return list(stages.values())
@@ -236,7 +236,7 @@ def _scatter(axes: Axes, points: Iterable[tuple[Any, Any]], label: str, **style:
 
 
 def _draw_rewards(axes: Axes, stage: Stage) -> None:
-    """Each rollout's reward and the best so far; degenerate ones at the lower edge, refitted maps as lines."""
+    """Each rollout's reward and the best so far; degenerate ones at the edge; lines where the predictor learned."""
     _style(axes, f"{stage.name}: reward", "rollouts", "reward")
     lines = list(enumerate(stage.rollouts, 1))
     for feasible, marker, color, label in (
@@ -251,8 +251,8 @@ def _draw_rewards(axes: Axes, stage: Stage) -> None:
     best = [(n, reward) for n, reward in enumerate(stage.best(), 1) if reward is not None]
     if best:
         axes.step(*zip(*best, strict=True), where="post", color=INK, linewidth=1.6, label="best so far")
-    for i, done in enumerate(sorted({done for done, _ in stage.maps})):
-        label = "" if i else "map refitted"
+    for i, done in enumerate(sorted({done for done, _ in stage.predictors})):
+        label = "" if i else "predictor learned"
         axes.axvline(done + 0.5, color=GREY, linestyle=":", linewidth=1.4, label=label)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=SMALL, framealpha=0.9)
@@ -301,8 +301,8 @@ def _draw_predictions(axes: Axes, stage: Stage) -> None:
 
 
 def _corrected(stage: Stage) -> str:
-    """What corrects a stage's accuracies, by the last map."""
-    last = stage.maps[-1][1] if stage.maps else {}
+    """What corrects a stage's accuracies, by the last predictor."""
+    last = stage.predictors[-1][1] if stage.predictors else {}
     if not last.get("count"):
         return "too few anchors to correct accuracies"
     error = last.get("error")

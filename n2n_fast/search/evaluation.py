@@ -1,42 +1,41 @@
-"""What a student is worth: the accuracy that a few steps give it, and its training in full (section 3.3)."""
+"""A student's evaluation: its accuracy after a few steps of training, and its full training (section 3.3)."""
 
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from n2n_fast.files.errors import first_line
-from n2n_fast.files.states import load_finite, on_cpu
+from n2n_fast.files.states import on_cpu
 from n2n_fast.networks.graph import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.networks.tracing import run
 from n2n_fast.search.config import SearchConfig
-from n2n_fast.search.journal import is_evaluation
+from n2n_fast.search.teacher import giving_logits, latency_of, restored, space_of
 from n2n_fast.training.batches import Batches, TeacherLogits
 from n2n_fast.training.clock import now
 from n2n_fast.training.data import ImageData, Split, accuracy
-from n2n_fast.training.distill import BatchSource, Keeper, Progress, fit, latency_ms, recalibrate, seeded
+from n2n_fast.training.distill import BatchSource, Checkpointer, Progress, recalibrate, seeded, train
 from n2n_fast.training.seeds import derived
 
 Training = Callable[[nn.Module, float], object]  # trains a student in place, for so many epochs
 
-FULL_RATE_STEPS = 400  # of a full training, from which on it takes the full learning rate
+FULL_RATE_STEPS = 400  # a full training that is shorter takes a lower learning rate
 
-# What building, training and trying a student raise where its numbers go astray; Diverged is among the first.
+# What building, training and validating a student raise where numbers overflow; Diverged is an ArithmeticError.
 NOT_FINITE = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found of a student. accuracy: after the few steps, on the images set aside for rollouts; None where
+    """What a student shows. short_accuracy: after the few steps, on the images set aside for rollouts; None where
     `error` says why there is none. latency: ms, where the search asks for it. seconds: of each part of the work.
     """
 
-    accuracy: float | None
+    short_accuracy: float | None
     latency: float | None
     seconds: dict[str, float]
     error: str | None = None
@@ -44,18 +43,30 @@ class Evaluation:
     @classmethod
     def from_record(cls, record: dict[str, Any], timed: bool) -> "Evaluation":
         """The inverse of `asdict`; ValueError or TypeError for anything else. timed: whether a latency is needed."""
-        found = cls(**record)
-        if not is_evaluation(**record) or (timed and found.latency is None):
-            raise ValueError("an evaluation that is none")
-        return found
+        evaluation = cls(**record)
+        accuracy, latency, seconds, error = (getattr(evaluation, field.name) for field in fields(cls))
+        if not (
+            (accuracy is None or (_is_amount(accuracy) and accuracy <= 1))
+            and (not timed if latency is None else _is_amount(latency))
+            and isinstance(seconds, dict)
+            and all(_is_amount(time) for time in seconds.values())
+            and (accuracy is None) == isinstance(error, str)
+            and (error is None or accuracy is None)
+        ):
+            raise ValueError("an evaluation that no search wrote")
+        return evaluation
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 class Evaluator:
-    """Builds, trains and tries the students of one space. On a CPU the same architecture and seed give the same
+    """Builds, trains and validates the students of one space. On a CPU the same architecture and seed give the same
     result.
 
-    All rollouts share their batches, the teacher's logits for them, and the images that they are tried on, so that
-    students differ by what they are and not by what they saw.
+    All rollouts share their batches, the teacher's logits and the validation images, so that students differ by their
+    architecture and not by what they saw.
     """
 
     def __init__(
@@ -70,7 +81,7 @@ class Evaluator:
     ) -> None:
         """stage: its name, which seeds students. calibration: images (N, C, H, W) for the norms' statistics.
 
-        training: of students, instead of `distill.fit`.
+        training: of students, instead of `distill.train`.
         """
         self.stage, self.space, self.data, self.config = stage, space, data, config
         self._logits, self._calibration, self._training = logits, calibration, training
@@ -81,7 +92,7 @@ class Evaluator:
         self._images = _subset(data.validation, config.validation_images, derived(config.seed, "validation"))
 
     def evaluate(self, arch: Architecture, seed: int) -> Evaluation:
-        """A student after the few steps of a rollout; what is not finite in it becomes the evaluation's error."""
+        """Evaluate a student after the few steps of a rollout; numbers that are not finite become its error."""
         clock, latency = _Clock(self.device), None
         try:
             with seeded(seed, self.device):
@@ -89,14 +100,14 @@ class Evaluator:
                 clock.note("build")
                 latency = _finite(latency_of(student, self.data, self.config))
                 clock.note("latency")
-                self._fit(student, self._rollout_batches, self._rollout_epochs, self.config.learning_rate)
+                self._train(student, self._rollout_batches, self._rollout_epochs, self.config.learning_rate)
                 clock.note("train")
-            found = accuracy(student, self._images, strict=True)
+            short_accuracy = accuracy(student, self._images, strict=True)
             clock.note("validate")
         except NOT_FINITE as reason:
             clock.note("failed")
             return Evaluation(None, latency, clock.seconds, first_line(reason))
-        return Evaluation(found, latency, clock.seconds)
+        return Evaluation(short_accuracy, latency, clock.seconds)
 
     def train(
         self,
@@ -104,17 +115,17 @@ class Evaluator:
         epochs: float,
         purpose: str,
         progress: Progress | None = None,
-        keeper: Keeper | None = None,
+        checkpointer: Checkpointer | None = None,
     ) -> fx.GraphModule:
         """A student trained in full, on batches that begin alike for all. purpose: for progress. Raises Diverged."""
         batches = self._batches(epochs, views=self.data.augmentation.views if self.data.augmentation else None)
         if progress is not None:
-            progress.stage(f"training {purpose}", len(batches))
+            progress.phase(f"training {purpose}", len(batches))
         with seeded(derived(self.config.seed, self.stage, "training", arch.key), self.device):
             student = self._build(arch)
             # at the full rate a training of few steps harms students that are nearly the teacher
             learning_rate = self.config.final_learning_rate * math.sqrt(min(1.0, len(batches) / FULL_RATE_STEPS))
-            self._fit(student, batches, epochs, learning_rate, progress, keeper)
+            self._train(student, batches, epochs, learning_rate, progress=progress, checkpointer=checkpointer)
         return student
 
     def _build(self, arch: Architecture) -> fx.GraphModule:
@@ -123,21 +134,20 @@ class Evaluator:
             recalibrate(student, torch.split(self._calibration, 128))
         return student
 
-    def _fit(
+    def _train(
         self,
         student: fx.GraphModule,
         batches: BatchSource,
         epochs: float,
         learning_rate: float,
-        progress: Progress | None = None,
-        keeper: Keeper | None = None,
+        **watched: Any,
     ) -> None:
+        """watched: `progress` and `checkpointer`, as `distill.train` takes them."""
         if self._training is not None:
             self._training(student.train(), epochs)
             student.eval()
-            return
-        kd_weight = self.config.kd_weight
-        fit(student, batches, learning_rate=learning_rate, kd_weight=kd_weight, progress=progress, keeper=keeper)
+        else:
+            train(student, batches, learning_rate=learning_rate, kd_weight=self.config.kd_weight, **watched)
 
     def _batches(self, epochs: float, views: int | None = None, keep: bool = False) -> Batches:
         config, data = self.config, self.data
@@ -145,15 +155,6 @@ class Evaluator:
         return Batches(
             data.train, self._logits, epochs, config.batch_size, data.augmentation, seed, views=views, keep=keep
         )
-
-
-def latency_of(model: nn.Module, data: ImageData, config: SearchConfig) -> float | None:
-    """Median ms of a forward pass over `latency_batch` images, where the search asks for it."""
-    if not config.times:
-        return None
-    images = data.validation
-    index = torch.arange(config.latency_batch, device=images.labels.device) % len(images)
-    return latency_ms(model, images.batch(index)[0])
 
 
 @dataclass(frozen=True)
@@ -174,14 +175,13 @@ class Recipe:
 
     def __getstate__(self) -> dict[str, Any]:
         """Its fields, the tensors in them on the CPU."""
-        teacher, data = copy.deepcopy(self.teacher).cpu(), self.data.to("cpu")
-        moved = {
-            "teacher": teacher,
-            "data": data,
+        return {
+            **self.__dict__,
+            "teacher": copy.deepcopy(self.teacher).cpu(),
+            "data": self.data.to("cpu"),
             "calibration": self.calibration.cpu(),
             "earlier": on_cpu(self.earlier),
         }
-        return {**self.__dict__, **moved}
 
     def __call__(self, device: torch.device | str | None = None) -> Evaluator:
         """Make the evaluator. device: where it shall work; default: where the data are."""
@@ -193,27 +193,6 @@ class Recipe:
             student = restored(space, Architecture.from_json(architecture), state)
             space = space_of(student, calibration, self.config)
         return Evaluator(self.stage, space, data, logits, calibration, self.config, self.training)
-
-
-def space_of(teacher: nn.Module, calibration: Tensor, config: SearchConfig) -> ArchitectureSpace:
-    """The space of a teacher, or of an earlier stage's student; calibration: images (N, C, H, W)."""
-    looks = config.init == "fitted" or config.saliency == "activations"
-    images = calibration if looks else None
-    return ArchitectureSpace(
-        teacher, calibration[:2], images, saliency=config.saliency, leaf=config.leaf, round_to=config.round_to
-    )
-
-
-def giving_logits(teacher: nn.Module, space: ArchitectureSpace, images: Tensor) -> nn.Module:
-    """The teacher, or where it has several outputs one that gives the logits alone."""
-    return teacher if isinstance(run(teacher, images[:2]), Tensor) else space.build(space.teacher, "sliced")
-
-
-def restored(space: ArchitectureSpace, arch: Architecture, state: dict[str, Tensor]) -> fx.GraphModule:
-    """A student that was trained before."""
-    student = space.build(arch, "sliced")
-    load_finite(student, state)
-    return student
 
 
 def _finite(latency: float | None) -> float | None:

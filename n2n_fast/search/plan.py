@@ -12,9 +12,10 @@ from n2n_fast.files.errors import BadInput, DegenerateArchitecture
 from n2n_fast.networks.graph import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search.config import STAGES, SearchConfig
-from n2n_fast.search.evaluation import Evaluation, Evaluator, giving_logits, latency_of, space_of
+from n2n_fast.search.evaluation import Evaluation, Evaluator
 from n2n_fast.search.policies import KEEP_PROBABILITY
 from n2n_fast.search.reward import Constraints, Cost
+from n2n_fast.search.teacher import giving_logits, latency_of, space_of
 from n2n_fast.search.transition import MOST_TILTED, Transition
 from n2n_fast.training.batches import TeacherLogits
 from n2n_fast.training.clock import now
@@ -72,8 +73,8 @@ def plan(teacher: nn.Module, data: ImageData, config: SearchConfig) -> Plan:
     for name in names:
         last = name == names[-1]
         transition = Transition.of(space, config, name == "removal", last, constraints.enough(cost, last))
-        found = _timed(name, transition, Evaluator(name, space, data, logits, images, timed))
-        stages.append(_stage(name, space, found, timed, config, data, last, each))
+        evaluation = _timed(name, transition, Evaluator(name, space, data, logits, images, timed))
+        stages.append(_stage(name, space, evaluation, timed, config, data, last, each))
     seconds = sum(stage.seconds for stage in stages) + each * _logits_to_come(data, config)
     return Plan(space.teacher.params, space.teacher.macs, tuple(stages), seconds, space.warnings)
 
@@ -137,12 +138,12 @@ def _timed(name: str, transition: Transition, evaluator: Evaluator) -> Evaluatio
     config = evaluator.config
     rng = random.Random(derived(config.seed, "plan", name))
     drawn = (arch for _ in range(TRIES) if (arch := _drawn(transition, config, rng)) is not None)
-    found = [evaluator.evaluate(arch, seed) for seed, arch in zip(range(2), drawn, strict=False)]
-    if len(found) < 2:
+    evaluations = [evaluator.evaluate(arch, seed) for seed, arch in zip(range(2), drawn, strict=False)]
+    if len(evaluations) < 2:
         raise BadInput(
             f"{name}: no student could be drawn in {TRIES} tries; the teacher leaves next to nothing to change"
         )
-    return found[1]
+    return evaluations[1]
 
 
 def _drawn(transition: Transition, config: SearchConfig, rng: random.Random) -> Architecture | None:

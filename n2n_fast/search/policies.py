@@ -6,22 +6,29 @@ nothing are masked: they are drawn as "keep as it is" and add nothing to the log
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from n2n_fast.files.errors import BadInput, first_line
+from n2n_fast.files.states import load_finite
+from n2n_fast.search.config import SearchConfig
+from n2n_fast.training.distill import seeded
+from n2n_fast.training.seeds import derived
+
 KEEP_PROBABILITY = 0.8  # of untrained policies, where nothing tells more
 MOST_REMOVED = 0.7  # share of the layers, at severity 1
 MOST_CROPPED = 0.5  # share of the kernels, at severity 1
 UNEVENNESS = 0.3  # deviation of the widths, at severity 1
-LIKENESS = 0.95  # with which a policy that imitates keeps a layer or a kernel as it is shown
-NEARNESS = 0.3  # deviation of the logarithms of its widths around those that it is shown
-IMITATED = 0.03  # nats for each choice, between what is wanted and what is drawn: near enough
-IMITATION_RATE = 0.005  # Adam's
-IMITATION_STEPS = 500  # at most
-IMITATION_SAMPLES = 8  # sequences for each step
+LIKENESS = 0.95  # with which a warm-started policy keeps a layer or a kernel as the demonstration does
+NEARNESS = 0.3  # deviation of the logarithms of its widths around the demonstration's
+CLONED = 0.03  # KL divergence in nats for each choice that is near enough to the demonstration
+CLONING_RATE = 0.005  # Adam's
+CLONING_STEPS = 500  # at most
+CLONING_SAMPLES = 8  # sequences for each step
 
 
 class RemovalPolicy(nn.Module):
@@ -60,7 +67,7 @@ class RemovalPolicy(nn.Module):
         return torch.where(actions == 1, LIKENESS, 1 - LIKENESS)
 
     def divergence(self, x: Tensor, mask: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
-        """Nats by which the policy differs from the probabilities `wanted`, all free choices together."""
+        """KL divergence of the policy from the probabilities `wanted`, in nats, all free choices together."""
         logits = self(x)
         likelihood = wanted * nn.functional.logsigmoid(logits) + (1 - wanted) * nn.functional.logsigmoid(-logits)
         entropy = -torch.xlogy(wanted, wanted) - torch.xlogy(1 - wanted, 1 - wanted)
@@ -125,7 +132,7 @@ class ShrinkagePolicy(nn.Module):
         noise = torch.empty(len(x), count, 2, self.ratios).exponential_(generator=generator).log_().neg_().numpy()
         first, *others = (_Cell(self.lstm, k) for k in range(self.lstm.num_layers))
         of_features, of_channels, of_kernel = np.split(first.of_input, [x.shape[1], x.shape[1] + self.ratios])
-        given = x.numpy() @ of_features
+        inputs = x.numpy() @ of_features
         head, bias = self.head.weight.numpy().T, self.head.bias.numpy()
         zeros = np.zeros((count, self.lstm.hidden_size), dtype=np.float32)
         states = [(zeros, zeros)] * self.lstm.num_layers
@@ -134,7 +141,7 @@ class ShrinkagePolicy(nn.Module):
         actions = np.empty((len(x), count, 2), dtype=np.int64)
         action = unchanged
         for t in range(len(x)):
-            states[0] = first(given[t] + of_channels[action[:, 0]] + of_kernel[action[:, 1]], states[0])
+            states[0] = first(inputs[t] + of_channels[action[:, 0]] + of_kernel[action[:, 1]], states[0])
             for k, cell in enumerate(others, 1):
                 states[k] = cell(states[k - 1][0] @ cell.of_input, states[k])
             action = unchanged
@@ -163,13 +170,13 @@ class ShrinkagePolicy(nn.Module):
         return torch.stack([widths, kernels / kernels.sum(1, keepdim=True)], 1)
 
     def divergence(self, x: Tensor, mask: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
-        """Nats by which the policy differs from the probabilities `wanted`, all free choices together.
+        """KL divergence of the policy from the probabilities `wanted`, in nats, all free choices together.
 
-        Each given actions before it that are drawn as is wanted.
+        Each choice follows actions that are drawn from `wanted`.
         """
         flat = wanted.flatten(0, 1)
-        drawn = torch.multinomial(flat, IMITATION_SAMPLES, replacement=True, generator=generator)
-        actions = drawn.T.reshape(IMITATION_SAMPLES, len(x), 2).where(mask, self.ratios - 1)
+        drawn = torch.multinomial(flat, CLONING_SAMPLES, replacement=True, generator=generator)
+        actions = drawn.T.reshape(CLONING_SAMPLES, len(x), 2).where(mask, self.ratios - 1)
         difference = torch.xlogy(wanted, wanted) - wanted * self._log_probs(x, actions)
         return (difference.sum(3).mean(0) * mask).sum()
 
@@ -179,29 +186,54 @@ class ShrinkagePolicy(nn.Module):
         return (log_probs.gather(3, actions[..., None])[..., 0] * mask).sum((1, 2))
 
     def entropy(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
-        """Entropy of the free choices together, in nats, each given the `actions` before it."""
+        """Entropy of the free choices together, in nats, each after the `actions` before it."""
         log_probs = self._log_probs(x, actions)
         entropy = -(log_probs.exp() * log_probs).sum(3).mean(0)
         return (entropy * mask).sum()
 
     def _log_probs(self, x: Tensor, actions: Tensor) -> Tensor:
-        """Of every ratio at each step, given the `actions` before it."""
+        """Log-probability of every ratio at each step, after the `actions` before it; (count, layers, 2, ratios)."""
         previous = torch.cat([torch.full_like(actions[:, :1], self.ratios - 1), actions[:, :-1]], 1)
-        found: Tensor = self(x, previous)
-        return found
+        log_probs: Tensor = self(x, previous)
+        return log_probs
 
 
-def imitate(policy: RemovalPolicy | ShrinkagePolicy, x: Tensor, mask: Tensor, actions: Tensor) -> None:
-    """Train a policy until what it draws lies around these actions.
+def new_policy(
+    stage: str, features: int, config: SearchConfig, trained: Mapping[str, Any]
+) -> RemovalPolicy | ShrinkagePolicy:
+    """A stage's policy, drawn by the seed, or as another run left it. trained: state dicts by stage; may be empty.
+
+    Raises BadInput where such a state does not fit.
+    """
+    keep = config.keep_probability or KEEP_PROBABILITY
+    policy: RemovalPolicy | ShrinkagePolicy
+    with seeded(derived(config.seed, stage, "policy"), torch.device("cpu")):
+        if stage == "removal":
+            policy = RemovalPolicy(features, config.hidden, config.lstm_layers, keep)
+        else:
+            policy = ShrinkagePolicy(features, config.ratios, config.hidden, config.lstm_layers, keep)
+    if stage in trained:
+        try:
+            load_finite(policy, trained[stage])
+        except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+            raise BadInput(
+                f"--policy: its policy of {stage} does not fit ({first_line(error)}); "
+                "use the same ratios, hidden and lstm_layers"
+            ) from None
+    return policy
+
+
+def clone_behaviour(policy: RemovalPolicy | ShrinkagePolicy, x: Tensor, mask: Tensor, actions: Tensor) -> None:
+    """Warm-start a policy by behaviour cloning: train it until the actions that it samples lie around these.
 
     x: (layers, features); mask, actions: of one student, as `log_prob` takes them for many.
     """
     free, wanted = max(1, int(mask.sum())), policy.around(actions)
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam(policy.parameters(), IMITATION_RATE)
-    for _ in range(IMITATION_STEPS):
+    optimizer = torch.optim.Adam(policy.parameters(), CLONING_RATE)
+    for _ in range(CLONING_STEPS):
         divergence = policy.divergence(x, mask, wanted, generator) / free
-        if divergence.item() <= IMITATED:
+        if divergence.item() <= CLONED:
             return
         optimizer.zero_grad()
         divergence.backward()  # type: ignore[no-untyped-call]
@@ -218,11 +250,11 @@ class _Cell:
         self.of_input, self.of_hidden = of_input.T.copy(), of_hidden.T.copy()
         self.bias = biases[0] + biases[1]
 
-    def __call__(self, given: np.ndarray, state: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """given: the input times its weight, (count, 4 hidden); state: output and cell, (count, hidden) each."""
+    def __call__(self, inputs: np.ndarray, state: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """inputs: times their weight, (count, 4 hidden); state: output and cell, (count, hidden) each."""
         hidden, cell = state
         size = hidden.shape[1]
-        gates = given + hidden @ self.of_hidden + self.bias
+        gates = inputs + hidden @ self.of_hidden + self.bias
         update = np.tanh(gates[:, 2 * size : 3 * size])
         opened = 0.5 + 0.5 * np.tanh(0.5 * gates)  # the logistic function, which cannot overflow so
         enter, forget, leave = opened[:, :size], opened[:, size : 2 * size], opened[:, 3 * size :]

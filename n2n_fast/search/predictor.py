@@ -1,12 +1,11 @@
-"""What an accuracy after a few steps says of the accuracy after a full training.
+"""Predicts a student's accuracy after a full training from its accuracy after a few steps.
 
-A cheap evaluation underrates exactly the students that need training most, which are the small ones, so that a policy
-would learn the evaluation's bias. A few students, the *anchors*, are therefore trained fully, and a monotone map from
-one accuracy to the other corrects all others.
+A short training underrates the students that need training most, the small ones, so that a policy would learn this
+bias. A few students, the *anchors*, are therefore trained fully, and a monotone line through them predicts all others.
 
 The anchors' training is itself shorter than the final one. Where a limit on accuracy makes the difference count, one
-anchor gets the final training too, which is taken to leave the same share of the distance to the teacher, in logits, of
-all, but to add to none more than it added to that one: a student far below the teacher is not made its equal.
+anchor gets the final training too. It is assumed to leave all students the same share of their distance to the teacher,
+in logits, but to add to none more than it added to that one: a student far below the teacher does not become its equal.
 """
 
 import math
@@ -17,30 +16,20 @@ import numpy as np
 
 MIN_ANCHORS = 3
 MIN_REMAINING = 0.25  # no one student proves that training closes more of the distance for all
-MIN_DEVIATION = 0.05  # of logits: no few anchors prove a map more exact than an accuracy can be measured
-EDGE = 1e-3  # accuracies are held this far from 0 and 1
+MIN_DEVIATION = 0.05  # of logits: no few anchors prove a line more exact than an accuracy can be measured
+EDGE = 1e-3  # accuracies are kept this far from 0 and 1
 
 
 @dataclass(frozen=True)
-class Anchor:
-    """A student trained fully; both accuracies on the validation split, proxy_accuracy after the few steps."""
+class AccuracyPredictor:
+    """logit(full accuracy) = intercept + slope · logit(short accuracy), slope >= 0: the line of Theil and Sen.
 
-    architecture: str
-    proxy_accuracy: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class ProxyMap:
-    """logit(accuracy) = intercept + slope · logit(proxy accuracy), slope >= 0: the line of Theil and Sen.
-
-    Its slope is the median over pairs of anchors, its intercept the median over anchors: one anchor that is beyond
-    help, at chance before and after its training, turns it little. Without enough anchors it is the identity.
-    deviation: of the anchors from the line, in logits. mean, spread: of the anchors' logits, spread being the sum of
-    squares around their mean. error: mean absolute error, in accuracy, with which each anchor is predicted by the
-    others; None where there are too few to leave one out. remaining: share of the distance to the teacher's logit,
-    for students below it, that the final training leaves; 1: nothing is known of that training. gain: logits that it
-    adds at most.
+    Its slope is the median over pairs of anchors, its intercept the median over anchors: one anchor that stays at
+    chance turns it little. Without enough anchors it is the identity.
+    count: of anchors. deviation: of the anchors from the line, in logits. mean, spread: of the anchors' logits, spread
+    being the sum of squares around their mean. error: mean absolute error, in accuracy, when the others predict an
+    anchor; None where there are too few to leave one out. remaining: share of the distance to the teacher's logit that
+    the final training leaves to students below it; 1: unknown. gain: logits that it adds at most. teacher: its logit.
     """
 
     slope: float = 1.0
@@ -54,11 +43,11 @@ class ProxyMap:
     gain: float = 0.0
     teacher: float = 0.0
 
-    def __call__(self, proxy_accuracy: float) -> tuple[float, float]:
-        """(accuracy expected after a full training, its standard error), both in accuracy."""
+    def __call__(self, short_accuracy: float) -> tuple[float, float]:
+        """The predicted accuracy after a full training and its standard error, both in accuracy."""
         if self.count == 0:
-            return proxy_accuracy, 0.0
-        x = _logit(proxy_accuracy)
+            return short_accuracy, 0.0
+        x = _logit(short_accuracy)
         anchored = self.intercept + self.slope * x
         added = self._added(anchored)
         accuracy = _logistic(anchored + added)
@@ -66,17 +55,17 @@ class ProxyMap:
         is_near = 0 < added < self.gain  # so near the teacher that the share counts
         return accuracy, accuracy * (1 - accuracy) * width * (self.remaining if is_near else 1.0)
 
-    def finished(self, accuracy: float) -> float:
-        """What the final training is expected to make of a student that has this accuracy as an anchor."""
-        added = self._added(_logit(accuracy))
-        return _logistic(_logit(accuracy) + added) if added else accuracy
+    def after_final_training(self, full_accuracy: float) -> float:
+        """The predicted accuracy after the final training of a student with this accuracy after an anchor's."""
+        added = self._added(_logit(full_accuracy))
+        return _logistic(_logit(full_accuracy) + added) if added else full_accuracy
 
     def _added(self, anchored: float) -> float:
         """The logits that the final training adds to those of an anchor's accuracy."""
         return min(self.gain, (1 - self.remaining) * max(0.0, self.teacher - anchored))
 
-    def finishing(self, trained: Sequence[tuple[float, float]], teacher_accuracy: float) -> "ProxyMap":
-        """This map, taught by students trained both ways: pairs of an anchor's accuracy and the final one."""
+    def learned_final(self, trained: Sequence[tuple[float, float]], teacher_accuracy: float) -> "AccuracyPredictor":
+        """This predictor with what the final training adds; trained: pairs of an anchor's accuracy and the final."""
         teacher = _logit(teacher_accuracy)
         pairs = [(_logit(accuracy), _logit(final)) for accuracy, final in trained]
         pairs = [(before, after) for before, after in pairs if before < teacher - MIN_DEVIATION]
@@ -88,23 +77,22 @@ class ProxyMap:
         return replace(self, remaining=remaining, gain=max(0.0, gain), teacher=teacher)
 
     @classmethod
-    def fit(cls, anchors: Sequence[Anchor]) -> "ProxyMap":
-        """The map that fits these anchors; the identity for fewer than MIN_ANCHORS."""
+    def learned(cls, anchors: Sequence[tuple[float, float]]) -> "AccuracyPredictor":
+        """Learned from anchors' pairs (short accuracy, full accuracy); the identity for fewer than MIN_ANCHORS."""
         if len(anchors) < MIN_ANCHORS:
             return cls()
-        fitted = cls._line(anchors)
+        line = cls._line(anchors)
         if len(anchors) == MIN_ANCHORS:
-            return fitted
+            return line
         errors = []
-        for i, left_out in enumerate(anchors):
-            line = cls._line([*anchors[:i], *anchors[i + 1 :]])
-            errors.append(abs(line(left_out.proxy_accuracy)[0] - left_out.accuracy))
-        return replace(fitted, error=sum(errors) / len(errors))
+        for i, (short, full) in enumerate(anchors):
+            by_others = cls._line([*anchors[:i], *anchors[i + 1 :]])
+            errors.append(abs(by_others(short)[0] - full))
+        return replace(line, error=sum(errors) / len(errors))
 
     @classmethod
-    def _line(cls, anchors: Sequence[Anchor]) -> "ProxyMap":
-        x = np.array([_logit(anchor.proxy_accuracy) for anchor in anchors])
-        y = np.array([_logit(anchor.accuracy) for anchor in anchors])
+    def _line(cls, anchors: Sequence[tuple[float, float]]) -> "AccuracyPredictor":
+        x, y = (np.array([_logit(accuracy) for accuracy in column]) for column in zip(*anchors, strict=True))
         slope = max(0.0, _median_slope(x, y))
         intercept = float(np.median(y - slope * x))
         mean, spread = float(x.mean()), max(float(((x - x.mean()) ** 2).sum()), 1e-6)
@@ -121,8 +109,8 @@ def _median_slope(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _logit(accuracy: float) -> float:
-    held = min(max(accuracy, EDGE), 1 - EDGE)
-    return math.log(held / (1 - held))
+    inside = min(max(accuracy, EDGE), 1 - EDGE)
+    return math.log(inside / (1 - inside))
 
 
 def _logistic(x: float) -> float:

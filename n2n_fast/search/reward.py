@@ -1,6 +1,7 @@
 """The reward of a student, and the limits a user may set (section 3.2 of the paper)."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 DEGENERATE = -1.0
@@ -19,6 +20,9 @@ class Cost:
     def of(self, objective: str) -> float:
         """The figure that an objective counts: "params", "macs" or "latency"."""
         return float(getattr(self, objective))
+
+
+RewardFunction = Callable[[float, Cost], float]  # of a validation accuracy and of what the student costs
 
 
 def reward(accuracy: float, cost: float, teacher_accuracy: float, teacher_cost: float) -> float:
@@ -51,12 +55,12 @@ class Constraints:
 
         A stage before the last cannot bring students to a latency: there it is half of the way, as a factor.
         """
-        found = {}
+        limits = {}
         for name in OBJECTIVES:
             limit = self.on(name)
             if limit is not None and limit < (whole := teacher.of(name)):
-                found[name] = limit if last or name != "latency" else math.sqrt(limit * whole)
-        return found
+                limits[name] = limit if last or name != "latency" else math.sqrt(limit * whole)
+        return limits
 
     def gaps(self, cost: Cost, accuracy: float) -> dict[str, float]:
         """How far each limit that is not met is away, relative to it; empty where all are met."""
@@ -85,3 +89,33 @@ class Constraints:
         softness = max(0.0, 1 - update / ANNEALING_UPDATES) ** 4
         share = severity * (1 - softness)
         return (1 - share) * reward - share
+
+
+@dataclass(frozen=True)
+class StageReward:
+    """The reward of one stage's students: R, or the user's `own`, less a penalty for limits that are missed.
+
+    enough: by objective, costs below which no saving is rewarded. penalty: times the violation; None: all of it.
+    """
+
+    teacher: Cost
+    teacher_accuracy: float
+    objective: str
+    limits: Constraints
+    enough: Mapping[str, float]
+    penalty: float | None
+    own: RewardFunction | None = None
+
+    def __call__(self, accuracy: float, cost: Cost) -> float:
+        """The reward of a student, whatever the limits say."""
+        if self.own is not None:
+            return float(self.own(accuracy, cost))
+        counted = max(cost.of(self.objective), self.enough.get(self.objective, 0.0))
+        return reward(accuracy, counted, self.teacher_accuracy, self.teacher.of(self.objective))
+
+    def penalised(self, reward: float, violation: float, update: int) -> float:
+        """The reward that the policy learns from. Near a limit the miss counts by its size: no prediction is exact."""
+        if violation == 0:
+            return reward
+        severity = 1.0 if self.penalty is None else min(1.0, self.penalty * violation)
+        return self.limits.anneal(reward, update, severity)

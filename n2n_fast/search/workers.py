@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -46,38 +46,22 @@ class Workers:
             raise BadInput(f"gpus_per_worker: {self.gpus}; give a fraction of at least 0, or a whole number")
 
 
-class Engine(Protocol):
-    """Evaluates students."""
+class Executor:
+    """Evaluates students in this process, one after the other."""
 
-    one_at_a_time: bool
-
-    def begin(self, evaluator: Evaluator, recipe: Recipe) -> None:
-        """A stage begins; recipe: makes the same evaluator in another process."""
-
-    def evaluate(self, jobs: Sequence[Job]) -> Iterator[Evaluation]:
-        """The evaluations of the jobs, in their order."""
-
-    def close(self) -> None:
-        """Let go of whatever was started."""
-
-
-class Here:
-    """Evaluates in this process, one student after the other."""
-
-    one_at_a_time = True
     _evaluator: Evaluator
 
     def begin(self, evaluator: Evaluator, recipe: Recipe) -> None:
-        """Take the evaluator that is there."""
+        """A stage begins. recipe: makes the same evaluator in another process."""
         self._evaluator = evaluator
 
     def evaluate(self, jobs: Sequence[Job]) -> Iterator[Evaluation]:
-        """Evaluate on demand."""
+        """The evaluations of the jobs, in their order, each made when it is asked for."""
         for arch, seed in jobs:
             yield evaluated(self._evaluator, arch, seed)
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Let go of whatever was started."""
 
 
 def evaluated(evaluator: Evaluator, arch: Architecture, seed: int, tries: int = TRIES) -> Evaluation:
@@ -145,10 +129,8 @@ def _reason(error: Any) -> str:
     return first_line(cause if isinstance(cause, Exception) else error)
 
 
-class RayEngine:
+class RayExecutor(Executor):
     """Evaluates in Ray workers. A worker that is lost is replaced, and what it had at hand is given to another."""
-
-    one_at_a_time = False
 
     def __init__(self, workers: Workers) -> None:
         """Connect, or start Ray on this machine. Raises BadInput where Ray is missing or cannot be reached."""
@@ -163,7 +145,10 @@ class RayEngine:
         self._recipe: Any = None
         self._gpus = 0.0  # of each worker
         self._idle: list[Any] = []
-        self._busy: dict[Any, tuple[Any, int | None]] = {}  # what is awaited: the worker, and the job if it has one
+        self._busy: dict[Any, tuple[Any, int | None]] = {}  # what is awaited: the worker, and the job's index if any
+        self._waiting: deque[int] = deque()
+        self._results: dict[int, Evaluation | BadInput] = {}
+        self._losses = 0  # in a row
 
     def _connect(self) -> None:
         options: dict[str, Any] = {"address": self._workers.address}
@@ -204,38 +189,50 @@ class RayEngine:
         self._busy[worker.ready.remote()] = worker, None
 
     def evaluate(self, jobs: Sequence[Job]) -> Iterator[Evaluation]:
-        """Evaluate side by side. Raises BadInput, which DeviceFault is, once all before the job at fault are given."""
-        waiting, found, given, losses = deque(range(len(jobs))), dict[int, Evaluation | BadInput](), 0, 0
-        while given < len(jobs):
-            while self._idle and waiting:
-                worker, job = self._idle.pop(), waiting.popleft()
-                self._busy[worker.evaluate.remote(*jobs[job])] = worker, job
-            (done, *_), _ = self._ray.wait(list(self._busy), num_returns=1)
-            worker, finished = self._busy.pop(done)
-            try:
-                result = self._ray.get(done)
-            except self._ray.exceptions.RayError as error:
-                result = _told_by_worker(error)
-                if result is None:
-                    losses += 1
-                    if losses > LOSSES:
-                        raise BadInput(f"workers: {losses} were lost one after the other ({_reason(error)})") from None
-                    if finished is not None:
-                        waiting.appendleft(finished)
-                    self._ray.kill(worker)
-                    self._hire()
-                    continue
-                if finished is None:
-                    raise result from None
-            self._idle.append(worker)
-            if finished is not None:
-                found[finished], losses = result, 0
-            while given in found:
-                result = found.pop(given)
-                if isinstance(result, BadInput):
-                    raise result
-                yield result
-                given += 1
+        """Evaluate side by side. Raises BadInput, which DeviceFault is, after the evaluations before it."""
+        self._waiting, self._results, self._losses = deque(range(len(jobs))), {}, 0
+        for index in range(len(jobs)):
+            self._start(jobs)
+            while index not in self._results:
+                self._await_one()
+                self._start(jobs)
+            result = self._results.pop(index)
+            if isinstance(result, BadInput):
+                raise result
+            yield result
+
+    def _start(self, jobs: Sequence[Job]) -> None:
+        """Give waiting jobs to idle workers."""
+        while self._idle and self._waiting:
+            worker, index = self._idle.pop(), self._waiting.popleft()
+            self._busy[worker.evaluate.remote(*jobs[index])] = worker, index
+
+    def _await_one(self) -> None:
+        """Wait until a worker is ready, has evaluated a student, or is lost."""
+        (done, *_), _ = self._ray.wait(list(self._busy), num_returns=1)
+        worker, index = self._busy.pop(done)
+        try:
+            result = self._ray.get(done)
+        except self._ray.exceptions.RayError as error:
+            result = _told_by_worker(error)
+            if result is None:
+                self._replace(worker, index, error)
+                return
+            if index is None:  # it could not be made
+                raise result from None
+        self._idle.append(worker)
+        if index is not None:
+            self._results[index], self._losses = result, 0
+
+    def _replace(self, worker: Any, index: int | None, error: Any) -> None:
+        """Hire another worker for one that is lost, and put its job first."""
+        self._losses += 1
+        if self._losses > LOSSES:
+            raise BadInput(f"workers: {self._losses} were lost one after the other ({_reason(error)})") from None
+        if index is not None:
+            self._waiting.appendleft(index)
+        self._ray.kill(worker)
+        self._hire()
 
     def _dismiss(self) -> None:
         for worker in [*self._idle, *(worker for worker, _ in self._busy.values())]:
@@ -249,6 +246,6 @@ class RayEngine:
             self._ray.shutdown()
 
 
-def engine(workers: Workers | None) -> Engine:
+def make_executor(workers: Workers | None) -> Executor:
     """Who evaluates."""
-    return Here() if workers is None else RayEngine(workers)
+    return Executor() if workers is None else RayExecutor(workers)

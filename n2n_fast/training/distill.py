@@ -29,7 +29,7 @@ class Progress:
     def message(self, text: str) -> None:
         """Something worth a line happened."""
 
-    def stage(self, name: str, length: int) -> None:
+    def phase(self, name: str, length: int) -> None:
         """A part of the work begins: so many rollouts, or so many steps where it is a training."""
 
     def step(self, step: int, loss: float, accuracy: float) -> None:
@@ -45,8 +45,8 @@ class BatchSource(Protocol):
         """The batches from step `start` on, counted from 0."""
 
 
-class Keeper(Protocol):
-    """Keeps a training, so that it can be cut off and goes on as if it had not been."""
+class Checkpointer(Protocol):
+    """Keeps the state of a training, so that it can be cut off and goes on as if it had not been."""
 
     def load(self) -> dict[str, Any] | None:
         """The state that was kept last; None to begin."""
@@ -59,7 +59,7 @@ class Diverged(ArithmeticError):
     """A training whose loss ceased to be finite."""
 
 
-def fit(
+def train(
     model: nn.Module,
     batches: BatchSource,
     *,
@@ -67,7 +67,7 @@ def fit(
     kd_weight: float = 0.0,
     weight_decay: float = 5e-4,
     progress: Progress | None = None,
-    keeper: Keeper | None = None,
+    checkpointer: Checkpointer | None = None,
     autocast: bool | None = None,
     capture: bool = False,
 ) -> nn.Module:
@@ -75,9 +75,9 @@ def fit(
 
     Teacher logits of None leave the distillation out. The learning rate climbs to its peak over the first fifth of
     the steps, then falls to 0 along a cosine. `progress.step` is called every ten steps, and only then does the host
-    wait for a GPU. With a `keeper` the training goes on where it was cut off. autocast: to bfloat16; None: where the
-    hardware multiplies it natively. capture: on a GPU, record the step as a CUDA graph and replay it; batches must be
-    of one size. Raises Diverged.
+    wait for a GPU. With a `checkpointer` the training goes on where it was cut off. autocast: to bfloat16; None: where
+    the hardware multiplies it natively. capture: on a GPU, record the step as a CUDA graph and replay it; batches must
+    be of one size. Raises Diverged.
     """
     # Batches are contiguous, not channels_last: for that layout oneDNN's AVX2 kernel for the weight gradient of 1x1
     # convolutions corrupts memory or never returns at some odd widths (torch 2.15), and it is hardly faster.
@@ -85,14 +85,14 @@ def fit(
     step = TrainingStep(model.train(), learning_rate, kd_weight, weight_decay, autocast)
     run = Replayed(step) if capture and step.device.type == "cuda" else step
     rates = torch.tensor([_scheduled(learning_rate, n, steps) for n in range(1, steps + 1)], device=step.device)
-    start = step.restore(keeper.load() if keeper else None)
+    start = step.restore(checkpointer.load() if checkpointer else None)
     for number, batch in enumerate(batches.after(start), start + 1):
         step.rate.copy_(rates[number - 1])
         run(*batch)
         if number % CHECK_EVERY == 0 or number == steps:
             _report(number, *step.tally(), progress)
-        if keeper is not None:
-            keeper.offer(functools.partial(step.state, number))
+        if checkpointer is not None:
+            checkpointer.offer(functools.partial(step.state, number))
     return model.eval()
 
 

@@ -20,7 +20,7 @@ from n2n_fast.files.safe_load import WantsCode, read_tensors, read_trusted
 from n2n_fast.networks.tracing import logits_of
 from n2n_fast.training.batches import Batches
 from n2n_fast.training.data import ImageData
-from n2n_fast.training.distill import Diverged, Progress, fit, seeded
+from n2n_fast.training.distill import Diverged, Progress, seeded, train
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "teacher")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "net.")
@@ -241,7 +241,7 @@ def train_teacher(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Train `model` in place on `data.train`, on the data's device, as `distill.fit` does; return it in eval mode.
+    """Train `model` in place on `data.train`, on the data's device, as `distill.train` does; return it in eval mode.
 
     Keeps the last step's weights. Validation and test images are not touched. On a CPU the same seed gives the same
     weights. Raises BadInput where the loss ceases to be finite.
@@ -251,10 +251,10 @@ def train_teacher(
     device = data.train.images.device
     batches = Batches(data.train, None, epochs, batch_size, data.augmentation, seed)
     if progress is not None:
-        progress.stage("training the teacher", len(batches))
+        progress.phase("training the teacher", len(batches))
     with seeded(seed, device):
         try:
-            return fit(
+            return train(
                 model.to(device),
                 batches,
                 learning_rate=learning_rate,
