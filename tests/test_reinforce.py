@@ -362,6 +362,32 @@ def test_an_interrupted_search_goes_on_to_the_same_end(calls, result, teacher, d
         assert all(torch.equal(value, expected[name]) for name, value in policy.items())
 
 
+class Leaves(reinforce.SearchProgress):
+    """Leaves at once, in the midst of an update."""
+
+    def __init__(self, rollouts):
+        self.left = rollouts
+
+    def rollout(self, rollout, best, compression):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("rollouts", [2, 7])
+def test_the_update_at_hand_is_done_again(rollouts, result, teacher, data, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        compress(teacher, data, TINY, tmp_path / "run", Leaves(rollouts))
+    before = untimed(tmp_path / "run")
+    assert before == untimed(result.out)[: len(before)]
+    known = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["history"]
+    assert known < (tmp_path / "run" / "history.jsonl").stat().st_size
+    resumed = compress(teacher, data, TINY, tmp_path / "run", resume=True)
+    assert untimed(resumed.out) == untimed(result.out)
+    for name, value in resumed.student.state_dict().items():
+        assert torch.equal(value, result.student.state_dict()[name])
+
+
 @pytest.mark.parametrize(("owner", "name"), [(evaluation.Evaluator, "evaluate"), (evaluation, "train")])
 def test_running_out_of_memory_ends_a_search_that_can_be_resumed(
     owner, name, result, teacher, data, tmp_path, monkeypatch

@@ -55,7 +55,7 @@ def compress(
 
     training: trains a student in place for so many epochs, a fraction for a rollout; instead of distillation. Where a
     run goes on, such a training begins again. reward: of a validation accuracy and a `Cost`; instead of
-    C (2 - C) · A / A_teacher. Limits are held as ever.
+    C (2 - C) · A / A_teacher. Limits apply to either.
     """
     config, progress = config or SearchConfig(), progress or SearchProgress()
     with telling_device_faults(), contextlib.closing(make_executor(workers)) as executor:
