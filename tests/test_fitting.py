@@ -12,7 +12,7 @@ import networks
 from counting import counted
 from n2n_fast.files.errors import BadInput
 from n2n_fast.networks import fitting
-from n2n_fast.networks.fitting import pivoted_order
+from n2n_fast.networks.fitting import full_precision, pivoted_order
 from n2n_fast.networks.graph import TracedTeacher
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.networks.student import slots_of
@@ -272,20 +272,19 @@ def test_weights_are_fitted_in_full_precision(monkeypatch):
     product = fitting._product
 
     def spy(a, b):
-        used.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        used.append(getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee"))
         return product(a, b)
 
     monkeypatch.setattr(fitting, "_product", spy)
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         space = ArchitectureSpace(chain(6, 0), images(2), images())
         space.build(space.shrink(space.teacher, [0.5] * len(space.layers)))
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
-        torch.set_float32_matmul_precision(before[0])
-    assert set(used) == {("highest", False)}
-    assert torch.backends.cudnn.allow_tf32 == before[1]
+        torch.set_float32_matmul_precision(before)
+    assert set(used) == {"ieee"}
 
 
 @pytest.mark.parametrize("groups", [4, 8])
@@ -317,3 +316,18 @@ def test_grouped_convolutions_take_up_removed_maps_of_their_groups(groups):
 
 def relative(got, wanted):
     return float((got - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize(("name", "allowed"), [("allow_tf32", True), ("fp32_precision", "tf32")])
+def test_tf32_is_put_off_and_back_in_whichever_way_it_was_allowed(name, allowed):
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, name):
+        pytest.skip("torch knows one way only")
+    before = getattr(matmul, name)
+    setattr(matmul, name, allowed)
+    try:
+        with full_precision():
+            assert getattr(matmul, "fp32_precision", "ieee") == "ieee"
+        assert getattr(matmul, name) == allowed
+    finally:
+        setattr(matmul, name, before)

@@ -370,19 +370,24 @@ class _Fitter(fx.Interpreter):
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Products of float32 in float32, whatever was chosen for speed: fitted weights need more digits than TF32 has."""
-    products = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Products of float32 in float32, whatever was chosen for speed: fitted weights need more digits than TF32 has.
+
+    Whoever chose by one of torch's two ways of setting this must not have it read or put back by the other: torch
+    refuses the mixture.
+    """
+    of: Any = torch.backends
+    places: list[tuple[Any, str, Any]] = [(of.cuda.matmul, "allow_tf32", False), (of.cudnn, "allow_tf32", False)]
+    if hasattr(of.cuda.matmul, "fp32_precision"):  # from torch 2.9 on
+        parts = (of.cuda.matmul, of.cudnn.conv, of.mkldnn.matmul, of.mkldnn.conv)
+        places = [(part, "fp32_precision", "ieee") for part in parts]
+    before = [getattr(place, name) for place, name, _ in places]
     try:
-        with torch.backends.cudnn.flags(
-            enabled=torch.backends.cudnn.enabled,
-            benchmark=torch.backends.cudnn.benchmark,
-            deterministic=torch.backends.cudnn.deterministic,
-            allow_tf32=False,
-        ):
-            yield
+        for place, name, value in places:
+            setattr(place, name, value)
+        yield
     finally:
-        torch.set_float32_matmul_precision(products)
+        for (place, name, _), value in zip(places, before, strict=True):
+            setattr(place, name, value)
 
 
 @contextlib.contextmanager

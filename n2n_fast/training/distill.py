@@ -159,7 +159,7 @@ class TrainingStep:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate
             torch.set_rng_state(state["generators"]["cpu"])
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and "cuda" in state["generators"]:  # not where it was begun on a CPU
                 torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
             return checked(state["step"], int)
 
