@@ -68,6 +68,7 @@ def test_a_checkout_that_is_not_built_says_so(tmp_path):
     assert last.endswith("pip install -e .")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler")
 @pytest.mark.parametrize("name", ["kd_loss", "materialize"])
 def test_kernels_do_not_spill_registers(name, tmp_path):

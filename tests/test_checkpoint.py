@@ -170,6 +170,7 @@ def test_a_training_is_kept_now_and_then_and_when_asked_to_stop(tmp_path, monkey
         assert checkpointer.load() is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_search_killed_at_any_moment_goes_on_to_the_same_end():
     """bench/crash.py kills it 200 times."""

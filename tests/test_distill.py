@@ -202,6 +202,7 @@ print("trained")
 """
 
 
+@pytest.mark.slow
 def test_1x1_convolutions_of_odd_widths_train_to_the_end(tmp_path):
     # with channels_last batches oneDNN corrupts memory or never returns from their weight gradient (torch 2.15, AVX2)
     command = [sys.executable, "-c", ODD_WIDTHS]

@@ -66,6 +66,7 @@ def test_teach_run_evaluate(digits_teacher, invoke, tmp_path):
     assert f"test accuracy {result['student']['test_accuracy']:.2%} on 359 images" in out
 
 
+@pytest.mark.slow
 def test_json_quiet_and_a_run_repeated_by_its_config(digits_teacher, invoke, tmp_path):
     command = ("run", "--teacher", digits_teacher[0], *QUICK, "--anchors", "0", "--seed", "3", "--mean", "0.31")
     command += ("--device", "cpu")  # where two runs are equal, byte for byte

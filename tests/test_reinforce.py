@@ -140,6 +140,7 @@ def test_the_best_of_those_trained_fully_is_the_result(teacher, data, tmp_path):
     assert found.table["student"]["validation_accuracy"] == best["full_accuracy"]
 
 
+@pytest.mark.slow
 def test_an_architecture_seen_before_costs_nothing(teacher, data, tmp_path, monkeypatch):
     evaluated = []
     evaluate = evaluation.Evaluator.evaluate
@@ -288,6 +289,7 @@ def test_students_that_have_to_be_fast_are_not_made_wider(teacher, data, tmp_pat
     assert smallest[1] < 0.8 * smallest[0]
 
 
+@pytest.mark.slow
 def test_policies_begin_at_the_best_anchor(result, teacher, data, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(anchors, "clone_behaviour", lambda *of: (shown.append(of), clone_behaviour(*of)))
@@ -328,6 +330,7 @@ def test_policies_start_where_another_run_ended(result, teacher, data, tmp_path)
         compress(teacher, data, config, tmp_path / "text", policies=tmp_path / "text.pt")
 
 
+@pytest.mark.slow
 def test_policies_learn_what_is_rewarded(teacher, data, tmp_path):
     """With a reward that only counts params, the policy comes to remove more, and chance does not."""
     config = replace(PLAIN, stages="removal", updates=40, rollouts=4, rollout_steps=0, validation_images=8)
@@ -349,6 +352,7 @@ class Stops(reinforce.SearchProgress):
         return self.left < 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [0, 7, 20, 33, 51, 64])
 def test_an_interrupted_search_goes_on_to_the_same_end(calls, result, teacher, data, tmp_path):
     with pytest.raises(Interrupted):

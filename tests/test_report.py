@@ -191,7 +191,7 @@ def test_tensorboard_gets_each_rollout_as_it_comes(run, tmp_path, monkeypatch):
     with Bar(True, Curves(tmp_path / "new", 3)) as bar:
         assert not (tmp_path / "new" / "tensorboard").exists()  # a directory that turns out to be no run's stays clean
         for line in rollouts:
-            bar.stage(line["stage"], 6)
+            bar.phase(line["stage"], 6)
             bar.rollout(Rollout(**{name: value for name, value in line.items() if name in known}), None, None)
     held = json.loads((tmp_path / "new" / "tensorboard" / "scalars.json").read_text())
     for stage in ("removal", "shrinkage"):

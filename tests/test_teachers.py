@@ -332,7 +332,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
 def test_a_pickled_module_only_where_allowed(tmp_path: Path) -> None:
     model = create("digits_resnet", 10, 1)
     path = save(model, tmp_path / "module.pt")
-    with pytest.raises(BadInput, match=r"wants to run code \(n2n_fast\.teacher\.SmallResNet\)"):
+    with pytest.raises(BadInput, match=r"wants to run code \(n2n_fast\.training\.teachers\.SmallResNet\)"):
         load_teacher(path)
     loaded = load_teacher(path, classes=10, channels=1, allow_pickle=True)
     assert isinstance(loaded, teachers.SmallResNet)

@@ -21,6 +21,8 @@ from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.networks.student import slots_of
 from networks import settle
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = {
     "alexnet": ["alexnet"],
     "vgg": ["vgg11", "vgg11_bn", "vgg13_bn"],

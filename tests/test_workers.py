@@ -215,6 +215,7 @@ class Scripted:
         return Evaluation(0.5, None, {})
 
 
+@pytest.mark.slow
 @needs_ray
 @pytest.mark.timeout(120)
 def test_a_workers_failing_device_ends_the_run_once_what_came_before_is_given(cluster):
@@ -251,6 +252,7 @@ def test_a_worker_that_cannot_be_made_tells_why_at_once(error, kind, expected, c
             next(executor.evaluate([(None, "good")]))
 
 
+@pytest.mark.slow
 @needs_ray
 @pytest.mark.timeout(600)
 def test_neither_the_number_of_workers_nor_a_lost_node_changes_the_result(cluster, teacher, data, tmp_path):
