@@ -131,8 +131,9 @@ def test_alone_it_prints_its_help(invoke):
     assert "export" in out
 
 
-def test_it_runs_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "n2n_fast", "--version"], capture_output=True, text=True, check=True)
+def test_it_runs_as_a_module(tmp_path):
+    command = [sys.executable, "-m", "n2n_fast", "--version"]  # elsewhere: here may lie a checkout that is not built
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert n2n_fast.__version__ in done.stdout
 
 
