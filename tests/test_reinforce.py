@@ -204,6 +204,7 @@ def test_a_limit_on_accuracy_is_judged_by_what_the_final_training_gives(teacher,
                     assert (r["predicted_accuracy"], r["accuracy_error"]) == learned(r["short_accuracy"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("objective", "limited"), [("params", "params"), ("macs", "macs"), ("params", "macs")])
 def test_students_are_brought_to_the_limits(objective, limited, teacher, data, tmp_path):
     space = ArchitectureSpace(teacher, data.train.batch(torch.arange(2))[0])
@@ -280,6 +281,7 @@ def test_what_is_within_the_limits_after_stage_one_is_trained_in_the_last(teache
     assert "training the best of shrinkage" in " ".join(told)
 
 
+@pytest.mark.slow
 def test_students_that_have_to_be_fast_are_not_made_wider(teacher, data, tmp_path):
     whole = ArchitectureSpace(teacher, data.train.batch(torch.arange(2))[0]).teacher.params
     config = replace(PLAIN, stages="shrinkage", updates=2, max_params=whole // 2)
@@ -378,6 +380,7 @@ class Leaves(reinforce.SearchProgress):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rollouts", [2, 7])
 def test_the_update_at_hand_is_done_again(rollouts, result, teacher, data, tmp_path):
     with pytest.raises(KeyboardInterrupt):
