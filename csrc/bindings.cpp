@@ -1,5 +1,5 @@
-// The module n2n_fast.native._C: integers, floats and tables of int64 come in; addresses are trusted, having been checked by
-// n2n_fast/native. The only file that knows pybind11.
+// The module n2n_fast.native._C: integers, floats and tables of int64 come in; addresses are trusted, having been
+// checked by n2n_fast/native. The only file that knows pybind11.
 #include <pybind11/pybind11.h>
 
 #include <string>
