@@ -325,7 +325,7 @@ def variants(run):
     """One design for many small students on a device: rollouts a second of each variant, and what accuracy it gives."""
     import gpu_students as students
 
-    students.teacher_file(run)
+    run.note(full_width_seconds=students.full_width_seconds(students.evaluator_of(run)))
     workers = students.Workers(functools.partial(students.evaluator_of, run))
     seeds, table, accuracies = itertools.count(), {}, {}
     for name, how in students.VARIANTS.items():

@@ -7,28 +7,32 @@ import random
 import statistics
 import time
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import torch
 
 import n2n_fast
 from n2n_fast import SearchConfig
+from n2n_fast.networks.products import as_products
 from n2n_fast.search.evaluation import NOT_FINITE, Recipe
 from n2n_fast.training import teachers
+from n2n_fast.training.clock import now
 from n2n_fast.training.data import accuracy
-from n2n_fast.training.distill import seeded, train
+from n2n_fast.training.distill import Replayed, TrainingStep, seeded, train
 
 PIXELS = 32
 SMALLER = 50
 PLAIN = "as it is"
-VARIANTS = {  # what `rollout` and `train` are told; a capture that fails may leave a process useless, so it comes last
-    PLAIN: {},
+VARIANTS = {  # what `rollout` and `train` are told; what a search does comes first
+    PLAIN: {"capture": True, "autocast": False},
+    "convolutions planned": {"capture": True, "autocast": False, "products": False},
+    "not captured": {"autocast": False},
+    "not captured, autocast": {},
     "no steps": {"steps": False},
-    "no autocast": {"autocast": False},
-    "captured": {"capture": True},
-    "captured, no autocast": {"capture": True, "autocast": False},
+    "no steps, planned": {"steps": False, "products": False},
 }
-SHARED = (PLAIN, "captured")  # by several processes too
+SHARED = (PLAIN, "no steps")  # by several processes too
 
 
 # The teacher and its data
@@ -98,8 +102,13 @@ def architecture(space, seed):
     return space.shrink_within(space.teacher, ratios, params=space.teacher.params // SMALLER, grow=True)
 
 
-def rollout(evaluator, seed, steps=True, **how):
+def rollout(evaluator, seed, steps=True, products=True, **how):
     """Accuracy of the student of a seed, as `Evaluator.evaluate` finds it, or in a variant; None where it diverges."""
+    with mock.patch.object(n2n_fast.networks.products, "LARGEST", n2n_fast.networks.products.LARGEST * products):
+        return _rollout(evaluator, seed, steps, how)
+
+
+def _rollout(evaluator, seed, steps, how):
     config = evaluator.config
     try:
         with seeded(seed, evaluator.device):
@@ -107,9 +116,25 @@ def rollout(evaluator, seed, steps=True, **how):
             if steps:
                 rates = {"learning_rate": config.learning_rate, "kd_weight": config.kd_weight}
                 train(student, evaluator._rollout_batches, **rates, **how)
-        return accuracy(student, evaluator._images, strict=True)
+        with as_products(student, evaluator.device):
+            return accuracy(student, evaluator._images, strict=True)
     except NOT_FINITE:
         return None
+
+
+def full_width_seconds(evaluator):
+    """Seconds of a rollout's steps at the teacher's own widths, recorded before: what students that are the teacher
+    with channels masked, all served by one recorded step, would take at least."""
+    config = evaluator.config
+    student = evaluator.space.build(evaluator.space.teacher, "sliced").train()
+    step = TrainingStep(student, config.learning_rate, config.kd_weight, 5e-4, None)
+    run = Replayed(step) if evaluator.device.type == "cuda" else step
+    for _ in range(2):  # the first time it is recorded
+        start = now(evaluator.device)
+        for batch in evaluator._rollout_batches:
+            run(*batch)
+        seconds = now(evaluator.device) - start
+    return seconds
 
 
 def evaluated(evaluator, seed):

@@ -21,6 +21,7 @@ from n2n_fast import native
 from n2n_fast.files.errors import BadInput, DegenerateArchitecture
 from n2n_fast.networks.channels import BATCH_NORMS, CONVS
 from n2n_fast.networks.graph import Architecture, TracedTeacher
+from n2n_fast.networks.products import as_products
 
 RIDGE = 1e-5  # ε of the teacher's own moments, in units of the mean variance of y
 PRIOR = 1e-2  # the same where the student's activations are fitted, towards the teacher's bridge
@@ -197,7 +198,7 @@ class Calibration:
         reconstruction), so that errors do not add up and removed layers are bridged. On a GPU the host waits for it
         once, at the end. Raises DegenerateArchitecture where activations are not finite.
         """
-        with full_precision():
+        with full_precision(), as_products(student, self.images.device):
             fitter = _Fitter(self, student, arch, kept)
             fitter.run(self._batch(0, MAX_PASS_NUMBERS)[: self.passed])
         if not bool(fitter.finite):

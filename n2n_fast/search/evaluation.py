@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from n2n_fast.files.errors import first_line
 from n2n_fast.files.states import on_cpu
 from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.products import as_products
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search.config import SearchConfig
 from n2n_fast.search.teacher import giving_logits, latency_of, restored, space_of
@@ -89,6 +90,8 @@ class Evaluator:
         steps_per_epoch = max(1, len(data.train) // config.batch_size)
         self._rollout_epochs = config.rollout_steps / steps_per_epoch if config.epochs is None else config.epochs
         self._rollout_batches = self._batches(self._rollout_epochs, keep=True)
+        # narrow students on a GPU wait for launches and casts, not for arithmetic (bench/gpu.md)
+        self._how = {"capture": True, "autocast": False} if self.device.type == "cuda" else {}
         self._images = _subset(data.validation, config.validation_images, derived(config.seed, "validation"))
 
     def evaluate(self, arch: Architecture, seed: int) -> Evaluation:
@@ -100,9 +103,12 @@ class Evaluator:
                 clock.note("build")
                 latency = _finite(latency_of(student, self.data, self.config))
                 clock.note("latency")
-                self._train(student, self._rollout_batches, self._rollout_epochs, self.config.learning_rate)
+                self._train(
+                    student, self._rollout_batches, self._rollout_epochs, self.config.learning_rate, **self._how
+                )
                 clock.note("train")
-            short_accuracy = accuracy(student, self._images, strict=True)
+            with as_products(student, self.device):
+                short_accuracy = accuracy(student, self._images, strict=True)
             clock.note("validate")
         except NOT_FINITE as reason:
             clock.note("failed")
@@ -140,14 +146,14 @@ class Evaluator:
         batches: BatchSource,
         epochs: float,
         learning_rate: float,
-        **watched: Any,
+        **how: Any,
     ) -> None:
-        """watched: `progress` and `checkpointer`, as `distill.train` takes them."""
+        """how: further arguments of `distill.train`."""
         if self._training is not None:
             self._training(student.train(), epochs)
             student.eval()
         else:
-            train(student, batches, learning_rate=learning_rate, kd_weight=self.config.kd_weight, **watched)
+            train(student, batches, learning_rate=learning_rate, kd_weight=self.config.kd_weight, **how)
 
     def _batches(self, epochs: float, views: int | None = None, keep: bool = False) -> Batches:
         config, data = self.config, self.data

@@ -5,6 +5,7 @@ import functools
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -165,23 +166,31 @@ class TrainingStep:
 
 
 class Replayed:
-    """A training step that runs a few times, is then recorded as a CUDA graph, and replayed on copies of batches."""
+    """A training step that runs a few times, is then recorded as a CUDA graph, and replayed on copies of batches.
+
+    A step in which the host waits for the device cannot be recorded: it is run as it is.
+    """
 
     def __init__(self, step: TrainingStep) -> None:
         self._step = step
         self._stream: torch.cuda.Stream = torch.cuda.Stream(step.device)  # type: ignore[no-untyped-call]
         self._eager = 0
+        self._waits = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._static: tuple[Tensor, Tensor, Tensor | None]
 
     def __call__(self, images: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> None:
         """As the step itself; all batches are of one size."""
+        if self._waits:
+            self._step(images, labels, teacher_logits)
+            return
         if self._eager < EAGER_STEPS:  # which make momentum buffers and choose convolutions
             self._stream.wait_stream(torch.cuda.current_stream(self._step.device))
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream), _noticed_waits() as waits:
                 self._step(images, labels, teacher_logits)
             torch.cuda.current_stream(self._step.device).wait_stream(self._stream)
             self._eager += 1
+            self._waits = bool(waits) and self._eager > 1  # the first makes what is needed once
             return
         if self._graph is None:
             self._record(images, labels, teacher_logits)
@@ -199,6 +208,20 @@ class Replayed:
         with torch.cuda.graph(graph, stream=self._stream):
             self._step(*self._static)
         self._graph, self._step.images = graph, counted
+
+
+@contextlib.contextmanager
+def _noticed_waits() -> Iterator[list[warnings.WarningMessage]]:
+    """What makes the host wait for the device meanwhile; it is to be read afterwards."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", message="called a synchronizing CUDA operation")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 @contextlib.contextmanager
