@@ -45,44 +45,20 @@ struct Precise<double> {
   using Type = double;
 };
 
-__device__ float widen(float x) {
-  return x;
-}
-__device__ double widen(double x) {
-  return x;
-}
-__device__ float widen(__half x) {
-  return __half2float(x);
-}
-__device__ float widen(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
+__device__ float widen(float x) { return x; }
+__device__ double widen(double x) { return x; }
+__device__ float widen(__half x) { return __half2float(x); }
+__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-__device__ void narrow(float x, float& to) {
-  to = x;
-}
-__device__ void narrow(double x, double& to) {
-  to = x;
-}
-__device__ void narrow(float x, __half& to) {
-  to = __float2half_rn(x);
-}
-__device__ void narrow(float x, __nv_bfloat16& to) {
-  to = __float2bfloat16_rn(x);
-}
+__device__ void narrow(float x, float& to) { to = x; }
+__device__ void narrow(double x, double& to) { to = x; }
+__device__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
+__device__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 
-__device__ float exponential(float x) {
-  return expf(x);
-}
-__device__ double exponential(double x) {
-  return exp(x);
-}
-__device__ float logarithm(float x) {
-  return logf(x);
-}
-__device__ double logarithm(double x) {
-  return log(x);
-}
+__device__ float exponential(float x) { return expf(x); }
+__device__ double exponential(double x) { return exp(x); }
+__device__ float logarithm(float x) { return logf(x); }
+__device__ double logarithm(double x) { return log(x); }
 
 struct Sum {
   template <class A>

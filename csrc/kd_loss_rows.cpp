@@ -45,29 +45,19 @@ N2N_INLINE To bits_as(const From& from) {
   return to;
 }
 
-N2N_INLINE Float broadcast(float x) {
-  return x - Float{};
-}
-N2N_INLINE Double broadcast(double x) {
-  return x - Double{};
-}
+N2N_INLINE Float broadcast(float x) { return x - Float{}; }
+N2N_INLINE Double broadcast(double x) { return x - Double{}; }
 
 // float16 and bfloat16, all lanes at once.
 
 #if defined(__AVX512F__)
-N2N_INLINE Float widen_half(Short h) {
-  return (Float)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);
-}
+N2N_INLINE Float widen_half(Short h) { return (Float)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h); }
 N2N_INLINE Short narrow_half(Float x) {
   return (Short)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
 }
 #elif defined(__AVX2__)
-N2N_INLINE Float widen_half(Short h) {
-  return (Float)_mm256_cvtph_ps((__m128i)h);
-}
-N2N_INLINE Short narrow_half(Float x) {
-  return (Short)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
-}
+N2N_INLINE Float widen_half(Short h) { return (Float)_mm256_cvtph_ps((__m128i)h); }
+N2N_INLINE Short narrow_half(Float x) { return (Short)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
 #else
 N2N_INLINE Float widen_half(Short h) {
   const Unsigned wide = __builtin_convertvector(h, Unsigned);
@@ -90,9 +80,7 @@ N2N_INLINE Short narrow_half(Float x) {
 }
 #endif
 
-N2N_INLINE Float widen_bfloat(Short b) {
-  return bits_as<Float>(__builtin_convertvector(b, Unsigned) << 16);
-}
+N2N_INLINE Float widen_bfloat(Short b) { return bits_as<Float>(__builtin_convertvector(b, Unsigned) << 16); }
 N2N_INLINE Short narrow_bfloat(Float x) {
   const Unsigned bits = bits_as<Unsigned>(x);
   const Unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
@@ -100,41 +88,70 @@ N2N_INLINE Short narrow_bfloat(Float x) {
   return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Short);
 }
 
-// Traits of an element type T: Vector is what a load gives, and arithmetic is done in; Scalar is its lane.
-template <class T>
-struct Of;
+struct All {};  // in place of a number of lanes
 
-template <class T, class V>
-N2N_INLINE V load_whole(const T* from) {
+template <class V, class T>
+N2N_INLINE V load_all(const T* from) {
   V v;
   __builtin_memcpy(&v, from, sizeof(V));
   return v;
 }
 
-// The first `count` lanes; the rest hold `fill`.
 template <class T, class V>
+N2N_INLINE void store_all(T* to, const V& v) {
+  __builtin_memcpy(to, &v, sizeof(V));
+}
+
+// The first `count` lanes; the rest are `fill`.
+template <class V, class T>
 N2N_INLINE V load_first(const T* from, int64_t count, T fill) {
   T lanes[sizeof(V) / sizeof(T)];
   for (auto& lane : lanes) lane = fill;
   for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
-  return load_whole<T, V>(lanes);
+  return load_all<V>(lanes);
 }
 
 template <class T, class V>
 N2N_INLINE void store_first(T* to, const V& v, int64_t count) {
   T lanes[sizeof(V) / sizeof(T)];
-  __builtin_memcpy(lanes, &v, sizeof(V));
+  store_all(lanes, v);
   for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
-constexpr float kInfinity = __builtin_inff();
+// Loads and stores of an element type T. Vector is what a load gives, and arithmetic is done in; Scalar is its lane.
+template <class T, class V>
+struct Plain {
+  using Vector = V;
+  using Scalar = T;
+  static N2N_INLINE V load(const T* p, All = {}, T = 0) { return load_all<V>(p); }
+  static N2N_INLINE V load(const T* p, int64_t n, T fill) { return load_first<V>(p, n, fill); }
+  static N2N_INLINE void store(T* p, V v, All = {}) { store_all(p, v); }
+  static N2N_INLINE void store(T* p, V v, int64_t n) { store_first(p, v, n); }
+};
 
-template <>
-struct Of<float> {
+template <class T, Float (*kWiden)(Short), Short (*kNarrow)(Float), uint16_t kMinusInfinity>
+struct Narrow {
   using Vector = Float;
   using Scalar = float;
-  static N2N_INLINE Float load(const float* p) { return load_whole<float, Float>(p); }
-  static N2N_INLINE void store(float* p, Float v) { __builtin_memcpy(p, &v, sizeof(v)); }
+  static N2N_INLINE Float load(const T* p, All = {}, float = 0) { return kWiden(load_all<Short>(p)); }
+  static N2N_INLINE Float load(const T* p, int64_t n, float fill) {
+    return kWiden(load_first<Short>(p, n, T{fill < 0 ? kMinusInfinity : uint16_t{0}}));
+  }
+  static N2N_INLINE void store(T* p, Float v, All = {}) { store_all(p, kNarrow(v)); }
+  static N2N_INLINE void store(T* p, Float v, int64_t n) { store_first(p, kNarrow(v), n); }
+};
+
+template <class T>
+struct Of;
+template <>
+struct Of<double> : Plain<double, Double> {};
+template <>
+struct Of<Half> : Narrow<Half, widen_half, narrow_half, 0xfc00> {};
+template <>
+struct Of<BFloat> : Narrow<BFloat, widen_bfloat, narrow_bfloat, 0xff80> {};
+template <>
+struct Of<float> : Plain<float, Float> {
+  using Plain::load, Plain::store;
 #if defined(__AVX512F__)
   static N2N_INLINE Float load(const float* p, int64_t n, float fill) {
     return (Float)_mm512_mask_loadu_ps((__m512)broadcast(fill), (__mmask16)((1u << n) - 1), p);
@@ -144,58 +161,18 @@ struct Of<float> {
   }
 #elif defined(__AVX2__)
   static N2N_INLINE Float load(const float* p, int64_t n, float fill) {
-    const Int lane = {0, 1, 2, 3, 4, 5, 6, 7};
-    const Int wanted = lane < (int32_t)n;
+    const Int wanted = Int{0, 1, 2, 3, 4, 5, 6, 7} < (int32_t)n;
     return wanted ? (Float)_mm256_maskload_ps(p, (__m256i)wanted) : broadcast(fill);
   }
-  static N2N_INLINE void store(float* p, Float v, int64_t n) { store_first(p, v, n); }
-#else
-  static N2N_INLINE Float load(const float* p, int64_t n, float fill) { return load_first<float, Float>(p, n, fill); }
-  static N2N_INLINE void store(float* p, Float v, int64_t n) { store_first(p, v, n); }
 #endif
 };
-
-template <>
-struct Of<double> {
-  using Vector = Double;
-  using Scalar = double;
-  static N2N_INLINE Double load(const double* p) { return load_whole<double, Double>(p); }
-  static N2N_INLINE Double load(const double* p, int64_t n, double fill) {
-    return load_first<double, Double>(p, n, fill);
-  }
-  static N2N_INLINE void store(double* p, Double v) { __builtin_memcpy(p, &v, sizeof(v)); }
-  static N2N_INLINE void store(double* p, Double v, int64_t n) { store_first(p, v, n); }
-};
-
-template <class T, Float (*kWiden)(Short), Short (*kNarrow)(Float), uint16_t kMinusInfinity>
-struct Narrow {
-  using Vector = Float;
-  using Scalar = float;
-  static N2N_INLINE Float load(const T* p) { return kWiden(load_whole<T, Short>(p)); }
-  static N2N_INLINE Float load(const T* p, int64_t n, float fill) {
-    return kWiden(load_first<T, Short>(p, n, T{fill < 0 ? kMinusInfinity : uint16_t{0}}));
-  }
-  static N2N_INLINE void store(T* p, Float v) {
-    const Short narrow = kNarrow(v);
-    __builtin_memcpy(p, &narrow, sizeof(narrow));
-  }
-  static N2N_INLINE void store(T* p, Float v, int64_t n) { store_first(p, kNarrow(v), n); }
-};
-template <>
-struct Of<Half> : Narrow<Half, widen_half, narrow_half, 0xfc00> {};
-template <>
-struct Of<BFloat> : Narrow<BFloat, widen_bfloat, narrow_bfloat, 0xff80> {};
 
 template <class T>
 N2N_INLINE float load_one(const T* p) {
   return Of<T>::load(p, 1, 0)[0];
 }
-N2N_INLINE float load_one(const float* p) {
-  return *p;
-}
-N2N_INLINE double load_one(const double* p) {
-  return *p;
-}
+N2N_INLINE float load_one(const float* p) { return *p; }
+N2N_INLINE double load_one(const double* p) { return *p; }
 
 // e^x for x <= 0, to about one unit in the last place; 0 below -87, NaN for NaN.
 N2N_INLINE Float exp_negative(Float x) {
@@ -247,29 +224,23 @@ N2N_INLINE auto maximum(V v) {
   return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-N2N_INLINE double widened_sum(Float v) {
-  return sum(__builtin_convertvector(v, Wide));
-}
-N2N_INLINE double widened_sum(Double v) {
-  return sum(v);
-}
+N2N_INLINE double widened_sum(Float v) { return sum(__builtin_convertvector(v, Wide)); }
+N2N_INLINE double widened_sum(Double v) { return sum(v); }
 
-N2N_INLINE float log_of(float x) {
-  return __builtin_logf(x);
-}
-N2N_INLINE double log_of(double x) {
-  return __builtin_log(x);
-}
+N2N_INLINE float log_of(float x) { return __builtin_logf(x); }
+N2N_INLINE double log_of(double x) { return __builtin_log(x); }
 
-// Calls whole(i) for each full vector of a row and part(i, lanes) for what is left, a few vectors in flight at once.
-template <int kLanes, class Whole, class Part>
-N2N_INLINE void each_vector(int64_t classes, const Whole& whole, const Part& part) {
-  constexpr int kUnroll = 4;
+constexpr int kUnroll = 4;  // vectors in flight at once
+
+// Calls body(i, u, lanes) for each vector of a row, from element i on: `lanes` is All, or the number of those left at
+// the end; u < kUnroll tells apart what is in flight at once.
+template <int kLanes, class Body>
+N2N_INLINE void each_vector(int64_t classes, const Body& body) {
   int64_t i = 0;
   for (; i + kUnroll * kLanes <= classes; i += kUnroll * kLanes)
-    for (int u = 0; u < kUnroll; ++u) whole(i + u * kLanes, u);
-  for (; i + kLanes <= classes; i += kLanes) whole(i, 0);
-  if (i < classes) part(i, classes - i);
+    for (int u = 0; u < kUnroll; ++u) body(i + u * kLanes, u, All{});
+  for (; i + kLanes <= classes; i += kLanes) body(i, 0, All{});
+  if (i < classes) body(i, 1, classes - i);
 }
 
 template <class T>
@@ -277,7 +248,7 @@ struct Row {
   using V = typename Of<T>::Vector;
   using S = typename Of<T>::Scalar;
   static constexpr int kLanes = sizeof(V) / sizeof(S);
-  static constexpr S kNone = -static_cast<S>(kInfinity);
+  static constexpr S kNone = -static_cast<S>(__builtin_inff());
 
   const T* student;
   const T* teacher;
@@ -288,56 +259,38 @@ struct Row {
     double squared_distance;
   };
 
+  template <class Lanes>
+  N2N_INLINE V distance(int64_t i, Lanes lanes) const {
+    return Of<T>::load(student + i, lanes, 0) - Of<T>::load(teacher + i, lanes, 0);
+  }
+
   N2N_INLINE Extent extent() const {
-    V most[4], squares[4];
-    for (int u = 0; u < 4; ++u) most[u] = broadcast(kNone), squares[u] = V{};
-    each_vector<kLanes>(
-        classes,
-        [&](int64_t i, int u) {
-          const V s = Of<T>::load(student + i), d = s - Of<T>::load(teacher + i);
-          most[u] = larger(s, most[u]);
-          squares[u] += d * d;
-        },
-        [&](int64_t i, int64_t n) {
-          const V d = Of<T>::load(student + i, n, 0) - Of<T>::load(teacher + i, n, 0);
-          most[1] = larger(Of<T>::load(student + i, n, kNone), most[1]);
-          squares[1] += d * d;
-        });
+    V most[kUnroll], squares[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) most[u] = broadcast(kNone), squares[u] = V{};
+    each_vector<kLanes>(classes, [&](int64_t i, int u, auto lanes) {
+      const V d = distance(i, lanes);
+      most[u] = larger(Of<T>::load(student + i, lanes, kNone), most[u]);
+      squares[u] += d * d;
+    });
     return {maximum(larger(larger(most[0], most[1]), larger(most[2], most[3]))),
             widened_sum((squares[0] + squares[1]) + (squares[2] + squares[3]))};
   }
 
   // Leaves e^(s - largest) in `exponentials` and returns their sum.
   N2N_INLINE S exponentiate(S largest, S* exponentials) const {
-    V total[4];
-    for (auto& t : total) t = V{};
-    const V shift = broadcast(largest);
-    each_vector<kLanes>(
-        classes,
-        [&](int64_t i, int u) {
-          const V e = exp_negative(Of<T>::load(student + i) - shift);
-          Of<S>::store(exponentials + i, e);
-          total[u] += e;
-        },
-        [&](int64_t i, int64_t n) {
-          const V e = exp_negative(Of<T>::load(student + i, n, kNone) - shift);
-          Of<S>::store(exponentials + i, e);
-          total[1] += e;
-        });
+    V total[kUnroll] = {};
+    each_vector<kLanes>(classes, [&](int64_t i, int u, auto lanes) {
+      const V e = exp_negative(Of<T>::load(student + i, lanes, kNone) - broadcast(largest));
+      Of<S>::store(exponentials + i, e);
+      total[u] += e;
+    });
     return sum((total[0] + total[1]) + (total[2] + total[3]));
   }
 
   N2N_INLINE void gradient(const S* exponentials, S scale, S pull, S hit, int64_t label, T* grad) const {
-    each_vector<kLanes>(
-        classes,
-        [&](int64_t i, int) {
-          const V d = Of<T>::load(student + i) - Of<T>::load(teacher + i);
-          Of<T>::store(grad + i, Of<S>::load(exponentials + i) * scale + d * pull);
-        },
-        [&](int64_t i, int64_t n) {
-          const V d = Of<T>::load(student + i, n, 0) - Of<T>::load(teacher + i, n, 0);
-          Of<T>::store(grad + i, Of<S>::load(exponentials + i) * scale + d * pull, n);
-        });
+    each_vector<kLanes>(classes, [&](int64_t i, int, auto lanes) {
+      Of<T>::store(grad + i, Of<S>::load(exponentials + i) * scale + distance(i, lanes) * pull, lanes);
+    });
     // Anew rather than corrected: what was stored may have been rounded. A sure row's first two terms cancel exactly.
     const S hard = exponentials[label] * scale - hit;
     const S at_label = hard + (load_one(student + label) - load_one(teacher + label)) * pull;

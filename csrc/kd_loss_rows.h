@@ -16,9 +16,7 @@ struct RowTotals {
 constexpr int64_t kMaxVectorBytes = 64;
 
 // A row of doubles and one vector more, so that the last store may be a whole vector.
-constexpr int64_t scratch_bytes(int64_t classes) {
-  return classes * 8 + kMaxVectorBytes;
-}
+constexpr int64_t scratch_bytes(int64_t classes) { return classes * 8 + kMaxVectorBytes; }
 
 // Rows [begin, end) of the loss. `scratch`: scratch_bytes(classes), aligned to kMaxVectorBytes.
 using RowsFunction = RowTotals (*)(const KdLoss& args, int64_t begin, int64_t end, void* scratch);

@@ -15,9 +15,7 @@ constexpr int64_t kChunkBytes = 128 * 1024;     // what a thread claims at once
 constexpr int64_t kParallelBytes = 256 * 1024;  // below this, waking a thread costs more than it saves
 constexpr int64_t kRunBytes = 256;              // mean length from which channels are copied as runs
 
-const int64_t* indices(int64_t address) {
-  return reinterpret_cast<const int64_t*>(address);
-}
+const int64_t* indices(int64_t address) { return reinterpret_cast<const int64_t*>(address); }
 
 struct Run {
   int64_t first, length;  // channels
