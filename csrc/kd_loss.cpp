@@ -18,7 +18,6 @@ namespace {
 
 constexpr int64_t kChunkElements = 8192;        // what a thread claims at once; also fixes the order of the sum
 constexpr int64_t kParallelElements = 1 << 18;  // below this, waking a thread costs more than it saves
-constexpr int64_t kStackBytes = 32768;
 
 #ifdef N2N_FAST_X86
 // Not by __builtin_cpu_supports, to which clang before 15 does not know the name.
@@ -28,43 +27,20 @@ bool has_f16c() {
 }
 #endif
 
-RowsFunction rows_function(Simd simd) {
+RowsFunction* rows_function([[maybe_unused]] Simd simd) {
 #ifdef N2N_FAST_X86
-  switch (std::min(simd, best_simd())) {
-    case Simd::kAvx512:
-      return avx512::kd_loss_rows;
-    case Simd::kAvx2:
-      return avx2::kd_loss_rows;
-    case Simd::kBaseline:
-      break;
-  }
-#else
-  (void)simd;
+  simd = std::min(simd, best_simd());
+  if (simd == Simd::kAvx512) return avx512::kd_loss_rows;
+  if (simd == Simd::kAvx2) return avx2::kd_loss_rows;
 #endif
   return baseline::kd_loss_rows;
 }
 
-RowTotals rows_with_scratch(RowsFunction rows, const KdLoss& args, int64_t begin, int64_t end) {
-  const int64_t bytes = scratch_bytes(args.classes);
-  if (bytes <= kStackBytes) {
-    alignas(kMaxVectorBytes) char scratch[kStackBytes];
-    return rows(args, begin, end, scratch);
-  }
-  const std::unique_ptr<char[]> memory(new char[bytes + kMaxVectorBytes]);
-  const uintptr_t mask = kMaxVectorBytes - 1;
-  return rows(args, begin, end, reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.get()) + mask) & ~mask));
-}
-
 void check_labels(const KdLoss& args) {
-  const uint64_t limit = static_cast<uint64_t>(args.classes);
-  bool all_good = true;
-  for (int64_t n = 0; n < args.rows; ++n) all_good &= static_cast<uint64_t>(args.labels[n]) < limit;
-  if (all_good) return;
-  for (int64_t n = 0; n < args.rows; ++n) {
-    if (static_cast<uint64_t>(args.labels[n]) < limit) continue;
-    throw std::invalid_argument("labels[" + std::to_string(n) + "]: " + std::to_string(args.labels[n]) +
-                                " out of range for " + std::to_string(args.classes) + " classes");
-  }
+  for (int64_t n = 0; n < args.rows; ++n)
+    if (args.labels[n] < 0 || args.labels[n] >= args.classes)
+      throw std::invalid_argument("labels[" + std::to_string(n) + "]: " + std::to_string(args.labels[n]) +
+                                  " out of range for " + std::to_string(args.classes) + " classes");
 }
 
 void write_results(const KdLoss& args, const RowTotals& total) {
@@ -96,13 +72,14 @@ Simd best_simd() {
 
 void kd_loss_cpu(const KdLoss& args, int threads, Simd simd) {
   check_labels(args);
-  const RowsFunction rows = rows_function(simd);
+  RowsFunction* const rows = rows_function(simd);
   const int64_t chunk_rows = std::max<int64_t>(1, kChunkElements / args.classes);
   const int64_t chunks = (args.rows + chunk_rows - 1) / chunk_rows;
   const bool small = args.rows * args.classes < kParallelElements;
   std::vector<RowTotals> partial(chunks);
   parallel_for(chunks, small ? 1 : threads, [&](int64_t c) {
-    partial[c] = rows_with_scratch(rows, args, c * chunk_rows, std::min((c + 1) * chunk_rows, args.rows));
+    const std::unique_ptr<Scratch[]> scratch(new Scratch[scratch_size(args.classes)]);  // not set to zero
+    partial[c] = rows(args, c * chunk_rows, std::min((c + 1) * chunk_rows, args.rows), scratch.get());
   });
   RowTotals total{};
   for (const RowTotals& part : partial) {

@@ -20,7 +20,7 @@ constexpr int kBytes = 32;
 #else
 constexpr int kBytes = 16;
 #endif
-static_assert(kBytes <= kMaxVectorBytes, "scratch rows have room for one vector more");
+static_assert(kBytes <= sizeof(Scratch), "scratch rows have room for one vector more");
 
 constexpr int kFloats = kBytes / 4, kDoubles = kBytes / 8;
 typedef float Float __attribute__((vector_size(kBytes)));
@@ -312,9 +312,9 @@ struct Row {
 };
 
 template <class T>
-RowTotals rows_of(const KdLoss& args, int64_t begin, int64_t end, void* scratch) {
+RowTotals rows_of(const KdLoss& args, int64_t begin, int64_t end, Scratch* scratch) {
   using S = typename Of<T>::Scalar;
-  S* exponentials = static_cast<S*>(scratch);
+  S* exponentials = reinterpret_cast<S*>(scratch);
   const S hit = static_cast<S>(1.0 / static_cast<double>(args.rows));
   const S pull = static_cast<S>(2.0 * args.kd_weight / static_cast<double>(args.rows));
   RowTotals totals{0.0, 0.0, 0};
@@ -338,7 +338,7 @@ RowTotals rows_of(const KdLoss& args, int64_t begin, int64_t end, void* scratch)
 
 }  // namespace
 
-RowTotals kd_loss_rows(const KdLoss& args, int64_t begin, int64_t end, void* scratch) {
+RowTotals kd_loss_rows(const KdLoss& args, int64_t begin, int64_t end, Scratch* scratch) {
   switch (args.dtype) {
     case DType::kFloat64:
       return rows_of<double>(args, begin, end, scratch);

@@ -13,22 +13,25 @@ struct RowTotals {
   int64_t correct;
 };
 
-constexpr int64_t kMaxVectorBytes = 64;
+// Memory of the widest vector.
+struct alignas(64) Scratch {
+  char bytes[64];
+};
 
-// A row of doubles and one vector more, so that the last store may be a whole vector.
-constexpr int64_t scratch_bytes(int64_t classes) { return classes * 8 + kMaxVectorBytes; }
+// How many of these a call needs: a row of doubles and one vector more, so that the last store may be a whole vector.
+constexpr int64_t scratch_size(int64_t classes) { return classes / 8 + 2; }
 
-// Rows [begin, end) of the loss. `scratch`: scratch_bytes(classes), aligned to kMaxVectorBytes.
-using RowsFunction = RowTotals (*)(const KdLoss& args, int64_t begin, int64_t end, void* scratch);
+// Rows [begin, end) of the loss.
+using RowsFunction = RowTotals(const KdLoss& args, int64_t begin, int64_t end, Scratch* scratch);
 
 namespace baseline {
-RowTotals kd_loss_rows(const KdLoss& args, int64_t begin, int64_t end, void* scratch);
+RowsFunction kd_loss_rows;
 }
 namespace avx2 {
-RowTotals kd_loss_rows(const KdLoss& args, int64_t begin, int64_t end, void* scratch);
+RowsFunction kd_loss_rows;
 }
 namespace avx512 {
-RowTotals kd_loss_rows(const KdLoss& args, int64_t begin, int64_t end, void* scratch);
+RowsFunction kd_loss_rows;
 }
 
 }  // namespace n2n

@@ -17,6 +17,9 @@ constexpr int64_t kRunBytes = 256;              // mean length from which channe
 
 const int64_t* indices(int64_t address) { return reinterpret_cast<const int64_t*>(address); }
 
+struct Plan;
+using CopyRow = void (*)(const Plan&, const char* source, char* destination);
+
 struct Run {
   int64_t first, length;  // channels
 };
@@ -30,9 +33,8 @@ struct Plan {
   const int64_t* units;  // nullptr: all
   int64_t unit_count, source_unit;
   int64_t lines, line_bytes, source_line;  // of a cropped unit; line_bytes is a whole unit where nothing is cropped
-  const Run* runs;
-  int64_t run_count;
-  void (*copy_row)(const Plan&, const char*, char*);
+  std::vector<Run> runs;                   // the units, for copy_runs
+  CopyRow copy_row;
 };
 
 void copy_whole(const Plan& plan, const char* source, char* destination) {
@@ -40,9 +42,9 @@ void copy_whole(const Plan& plan, const char* source, char* destination) {
 }
 
 void copy_runs(const Plan& plan, const char* source, char* destination) {
-  for (int64_t r = 0; r < plan.run_count; ++r) {
-    const int64_t bytes = plan.runs[r].length * plan.line_bytes;
-    std::memcpy(destination, source + plan.runs[r].first * plan.line_bytes, bytes);
+  for (const Run& run : plan.runs) {
+    const int64_t bytes = run.length * plan.line_bytes;
+    std::memcpy(destination, source + run.first * plan.line_bytes, bytes);
     destination += bytes;
   }
 }
@@ -58,58 +60,49 @@ void copy_units(const Plan& plan, const char* source, char* destination) {
   }
 }
 
+// The same for chosen units of one line.
 template <int64_t kBytes>
 void gather_units(const Plan& plan, const char* source, char* destination) {
   for (int64_t u = 0; u < plan.unit_count; ++u, destination += kBytes)
     std::memcpy(destination, source + plan.units[u] * plan.source_unit, kBytes);
 }
 
-using CopyRow = void (*)(const Plan&, const char*, char*);
-
+struct UnitCopier {
+  int64_t bytes;
+  CopyRow gather, copy;
+};
+template <int64_t kBytes>
+constexpr UnitCopier kCopier{kBytes, gather_units<kBytes>, copy_units<kBytes>};
 // Single elements, lines of three, and whole 3x3 kernels, of 2, 4 and 8 bytes an element.
+constexpr UnitCopier kCopiers[] = {kCopier<2>,  kCopier<4>,  kCopier<6>,  kCopier<8>, kCopier<12>,
+                                   kCopier<18>, kCopier<24>, kCopier<36>, kCopier<72>};
+
 CopyRow unit_copier(const Plan& plan) {
   const bool gather = plan.units != nullptr && plan.lines == 1;
-  switch (plan.line_bytes) {
-    case 2:
-      return gather ? gather_units<2> : copy_units<2>;
-    case 4:
-      return gather ? gather_units<4> : copy_units<4>;
-    case 6:
-      return gather ? gather_units<6> : copy_units<6>;
-    case 8:
-      return gather ? gather_units<8> : copy_units<8>;
-    case 12:
-      return gather ? gather_units<12> : copy_units<12>;
-    case 18:
-      return gather ? gather_units<18> : copy_units<18>;
-    case 24:
-      return gather ? gather_units<24> : copy_units<24>;
-    case 36:
-      return gather ? gather_units<36> : copy_units<36>;
-    case 72:
-      return gather ? gather_units<72> : copy_units<72>;
-    default:
-      return copy_units<0>;
-  }
+  for (const UnitCopier& copier : kCopiers)
+    if (copier.bytes == plan.line_bytes) return gather ? copier.gather : copier.copy;
+  return copy_units<0>;
 }
 
-std::vector<Run> runs_of(const int64_t* units, int64_t count) {
+// Switches to copying runs where the kept channels are mostly neighbours.
+void use_runs(Plan& plan) {
   std::vector<Run> runs;
-  for (int64_t u = 0; u < count; ++u) {
-    if (!runs.empty() && runs.back().first + runs.back().length == units[u]) {
+  for (int64_t u = 0; u < plan.unit_count; ++u) {
+    if (!runs.empty() && runs.back().first + runs.back().length == plan.units[u]) {
       ++runs.back().length;
     } else {
-      runs.push_back({units[u], 1});
+      runs.push_back({plan.units[u], 1});
     }
   }
-  return runs;
+  if (runs.empty() || plan.destination_row / static_cast<int64_t>(runs.size()) < kRunBytes) return;
+  plan.runs = std::move(runs);
+  plan.copy_row = copy_runs;
 }
 
 Plan plan_of(const Piece& piece, int64_t element_bytes, char* flat) {
   const bool cropped = piece.crop_h != piece.kernel_h || piece.crop_w != piece.kernel_w;
-  const int64_t top = (piece.kernel_h - piece.crop_h) / 2, left = (piece.kernel_w - piece.crop_w) / 2;
   Plan plan{};
-  plan.source = reinterpret_cast<const char*>(piece.source) + (top * piece.kernel_w + left) * element_bytes;
+  plan.source = reinterpret_cast<const char*>(piece.source) + piece.corner() * element_bytes;
   plan.destination = flat + piece.offset * element_bytes;
   plan.source_unit = piece.kernel_h * piece.kernel_w * element_bytes;
   plan.lines = cropped ? piece.crop_h : 1;
@@ -127,18 +120,8 @@ Plan plan_of(const Piece& piece, int64_t element_bytes, char* flat) {
   plan.source_row = piece.in_channels * plan.source_unit;
   plan.destination_row = plan.unit_count * plan.lines * plan.line_bytes;
   plan.copy_row = plan.units == nullptr && !cropped ? copy_whole : unit_copier(plan);
+  if (plan.units != nullptr && !cropped) use_runs(plan);
   return plan;
-}
-
-// Switches to copying runs where the kept channels are mostly neighbours.
-void use_runs(Plan& plan, std::vector<std::vector<Run>>& storage) {
-  if (plan.units == nullptr || plan.lines != 1 || plan.line_bytes != plan.source_unit || plan.unit_count == 0) return;
-  std::vector<Run> runs = runs_of(plan.units, plan.unit_count);
-  if (plan.destination_row / static_cast<int64_t>(runs.size()) < kRunBytes) return;
-  plan.run_count = static_cast<int64_t>(runs.size());
-  storage.push_back(std::move(runs));  // moving a vector keeps its elements where they are
-  plan.runs = storage.back().data();
-  plan.copy_row = copy_runs;
 }
 
 void copy_rows(const Plan& plan, int64_t begin, int64_t end) {
@@ -180,18 +163,12 @@ void zero_gaps(const Piece* pieces, int64_t count, int64_t element_bytes, char* 
 
 void check_indices(const char* name, int64_t piece, int64_t address, int64_t kept, int64_t channels, const char* side) {
   if (address == 0) return;
-  const int64_t* index = indices(address);
-  const uint64_t limit = static_cast<uint64_t>(channels);
-  bool all_good = true;
-  for (int64_t k = 0; k < kept; ++k) all_good &= static_cast<uint64_t>(index[k]) < limit;
-  if (all_good) return;
-  for (int64_t k = 0; k < kept; ++k) {
-    if (static_cast<uint64_t>(index[k]) < limit) continue;
-    const std::string number = std::to_string(piece);
-    throw std::invalid_argument(std::string(name) + "[" + number + "]: index " + std::to_string(index[k]) +
-                                " out of range for " + std::to_string(channels) + " " + side + " channels of weights[" +
-                                number + "]");
-  }
+  const int64_t* end = indices(address) + kept;
+  const int64_t* wrong = std::find_if(indices(address), end, [&](int64_t i) { return i < 0 || i >= channels; });
+  if (wrong == end) return;
+  const std::string number = "[" + std::to_string(piece) + "]";
+  throw std::invalid_argument(name + number + ": index " + std::to_string(*wrong) + " out of range for " +
+                              std::to_string(channels) + " " + side + " channels of weights" + number);
 }
 
 }  // namespace
@@ -199,17 +176,17 @@ void check_indices(const char* name, int64_t piece, int64_t address, int64_t kep
 void check_pieces(const Piece* pieces, int64_t count, int64_t flat_elements) {
   int64_t end = 0;
   for (int64_t p = 0; p < count; ++p) {
-    check_indices("keep_out", p, pieces[p].keep_out, pieces[p].kept_out, pieces[p].out_channels, "output");
-    check_indices("keep_in", p, pieces[p].keep_in, pieces[p].kept_in, pieces[p].in_channels, "input");
-    if (pieces[p].offset < end)
+    const Piece& piece = pieces[p];
+    check_indices("keep_out", p, piece.keep_out, piece.kept_out, piece.out_channels, "output");
+    check_indices("keep_in", p, piece.keep_in, piece.kept_in, piece.in_channels, "input");
+    if (piece.offset < end)
       throw std::invalid_argument("materialize: result " + std::to_string(p) + " overlaps the one before it");
     // By subtraction: an offset near the largest number would make their sum a negative one.
-    if (pieces[p].elements() > flat_elements - pieces[p].offset)
+    if (piece.elements() > flat_elements - piece.offset)
       throw std::invalid_argument("materialize: result " + std::to_string(p) + " takes " +
-                                  std::to_string(pieces[p].elements()) + " elements from " +
-                                  std::to_string(pieces[p].offset) + " on, the flat buffer has " +
-                                  std::to_string(flat_elements));
-    end = pieces[p].offset + pieces[p].elements();
+                                  std::to_string(piece.elements()) + " elements from " + std::to_string(piece.offset) +
+                                  " on, the flat buffer has " + std::to_string(flat_elements));
+    end = piece.offset + piece.elements();
   }
 }
 
@@ -218,12 +195,8 @@ void materialize_cpu(const Piece* pieces, int64_t count, int64_t element_bytes, 
   check_pieces(pieces, count, flat_elements);
   char* bytes = static_cast<char*>(flat);
   std::vector<Plan> plans;
-  std::vector<std::vector<Run>> runs;
   plans.reserve(count);
-  for (int64_t p = 0; p < count; ++p) {
-    plans.push_back(plan_of(pieces[p], element_bytes, bytes));
-    use_runs(plans.back(), runs);
-  }
+  for (int64_t p = 0; p < count; ++p) plans.push_back(plan_of(pieces[p], element_bytes, bytes));
   zero_gaps(pieces, count, element_bytes, bytes, flat_elements);
   const std::vector<Chunk> chunks = chunks_of(plans);
   const bool small = flat_elements * element_bytes < kParallelBytes;

@@ -6,16 +6,16 @@
 namespace n2n {
 
 // One weight (O, I, kh, kw), contiguous; a vector is (O, 1, 1, 1), a matrix (O, I, 1, 1). Python passes a table of
-// these as int64, field by field; addresses are 0 where all channels are kept. Sizes are in elements.
+// these as int64, field by field. Sizes are in elements.
 struct Piece {
-  int64_t source;
+  int64_t source;  // address
   int64_t out_channels, in_channels, kernel_h, kernel_w;
-  int64_t keep_out, kept_out;  // address of the int64 indices, how many
-  int64_t keep_in, kept_in;
-  int64_t crop_h, crop_w;  // the kernel's size after the crop
-  int64_t offset;          // of the result in the flat buffer
+  int64_t kept_out, kept_in, crop_h, crop_w;  // the result's sizes
+  int64_t keep_out, keep_in;                  // addresses of the kept channels' int64 indices; 0: all
+  int64_t offset;                             // of the result in the flat buffer
 
   int64_t elements() const { return kept_out * kept_in * crop_h * crop_w; }
+  int64_t corner() const { return (kernel_h - crop_h) / 2 * kernel_w + (kernel_w - crop_w) / 2; }  // first element kept
 };
 static_assert(sizeof(Piece) == 12 * sizeof(int64_t), "a piece is twelve int64 in Python's table");
 

@@ -13,13 +13,12 @@ namespace n2n {
 namespace {
 
 struct Job {
-  ChunkFunction function;
-  const void* context;
+  const std::function<void(int64_t)>& body;
   int64_t chunks;
   std::atomic<int64_t> next{0};
 
   void work() {
-    for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) function(context, chunk);
+    for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) body(chunk);
   }
 };
 
@@ -77,8 +76,7 @@ class Pool {
 std::atomic<Pool*> current_pool{nullptr};
 
 Pool& pool() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { current_pool.store(nullptr); });
-  (void)registered;
+  [[maybe_unused]] static const int registered = pthread_atfork(nullptr, nullptr, [] { current_pool.store(nullptr); });
   Pool* existing = current_pool.load();
   if (existing != nullptr) return *existing;
   Pool* created = new Pool;
@@ -89,8 +87,8 @@ Pool& pool() {
 
 }  // namespace
 
-void run_chunks(int64_t chunks, int threads, ChunkFunction function, const void* context) {
-  Job job{function, context, chunks};
+void parallel_for(int64_t chunks, int threads, const std::function<void(int64_t)>& body) {
+  Job job{body, chunks};
   const int helpers = static_cast<int>(std::min<int64_t>(threads, chunks)) - 1;
   if (helpers <= 0 || !pool().try_run(job, helpers)) job.work();
 }
