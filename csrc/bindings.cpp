@@ -31,10 +31,11 @@ struct Table {
   int64_t count;
 };
 
-void materialize_cpu(const py::buffer& table, int64_t element_bytes, int64_t flat, int64_t flat_elements, int threads) {
-  const Table rows(table);
+void materialize_cpu(const py::buffer& buffer, int64_t element_bytes, int64_t flat, int64_t flat_elements,
+                     int threads) {
+  const Table table(buffer);
   const py::gil_scoped_release release;
-  n2n::materialize_cpu(rows.pieces, rows.count, element_bytes, at<void>(flat), flat_elements, threads);
+  n2n::materialize_cpu(table.pieces, table.count, element_bytes, at<void>(flat), flat_elements, threads);
 }
 
 n2n::KdLoss kd_loss_args(int dtype, int64_t rows, int64_t classes, int64_t student, int64_t teacher, int64_t labels,
@@ -59,15 +60,15 @@ void kd_loss_cpu(int dtype, int64_t rows, int64_t classes, int64_t student, int6
 }
 
 #ifdef N2N_FAST_CUDA
-int64_t materialize_pack_words(const py::buffer& table) {
-  const Table rows(table);
-  return n2n::materialize_pack_words(rows.pieces, rows.count);
+int64_t materialize_pack_words(const py::buffer& buffer) {
+  const Table table(buffer);
+  return n2n::materialize_pack_words(table.pieces, table.count);
 }
 
-int64_t materialize_pack(const py::buffer& table, int64_t element_bytes, int64_t flat_elements, int64_t packed) {
-  const Table rows(table);
+int64_t materialize_pack(const py::buffer& buffer, int64_t element_bytes, int64_t flat_elements, int64_t packed) {
+  const Table table(buffer);
   const py::gil_scoped_release release;
-  return n2n::materialize_pack(rows.pieces, rows.count, element_bytes, flat_elements, at<int64_t>(packed));
+  return n2n::materialize_pack(table.pieces, table.count, element_bytes, flat_elements, at<int64_t>(packed));
 }
 
 void materialize_cuda(int64_t packed, int64_t count, int64_t blocks, int64_t element_bytes, int64_t flat,
@@ -85,25 +86,17 @@ void kd_loss_cuda(int dtype, int64_t rows, int64_t classes, int64_t student, int
 #endif
 
 py::dict build_info() {
-#ifdef N2N_FAST_CUDA
-  const bool cuda = true;
-#else
-  const bool cuda = false;
-#endif
+  using namespace py::literals;
   py::list levels;
   levels.append("baseline");
 #ifdef N2N_FAST_X86
   levels.append("avx2");
   levels.append("avx512");
 #endif
-  py::dict info;
-  info["compiler"] = std::string(__VERSION__);
-  info["cuda"] = cuda;
-  info["cuda_version"] = std::string(N2N_FAST_CUDA_VERSION);
-  info["cuda_archs"] = std::string(N2N_FAST_CUDA_ARCHS);
-  info["simd"] = levels;
-  info["simd_used"] = levels[static_cast<size_t>(n2n::best_simd())];
-  return info;
+  const std::string cuda_version = N2N_FAST_CUDA_VERSION;
+  return py::dict("compiler"_a = __VERSION__, "cuda"_a = !cuda_version.empty(), "cuda_version"_a = cuda_version,
+                  "cuda_archs"_a = N2N_FAST_CUDA_ARCHS, "simd"_a = levels,
+                  "simd_used"_a = levels[static_cast<size_t>(n2n::best_simd())]);
 }
 
 }  // namespace

@@ -25,16 +25,10 @@ bool has_f16c() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
 }
+constexpr RowsFunction* kBySimd[] = {baseline::kd_loss_rows, avx2::kd_loss_rows, avx512::kd_loss_rows};
+#else
+constexpr RowsFunction* kBySimd[] = {baseline::kd_loss_rows};
 #endif
-
-RowsFunction* rows_function([[maybe_unused]] Simd simd) {
-#ifdef N2N_FAST_X86
-  simd = std::min(simd, best_simd());
-  if (simd == Simd::kAvx512) return avx512::kd_loss_rows;
-  if (simd == Simd::kAvx2) return avx2::kd_loss_rows;
-#endif
-  return baseline::kd_loss_rows;
-}
 
 void check_labels(const KdLoss& args) {
   for (int64_t n = 0; n < args.rows; ++n)
@@ -44,7 +38,7 @@ void check_labels(const KdLoss& args) {
 }
 
 void write_results(const KdLoss& args, const RowTotals& total) {
-  const double rows = args.rows > 0 ? static_cast<double>(args.rows) : 1.0;
+  const auto rows = static_cast<double>(std::max<int64_t>(1, args.rows));
   const double loss = (total.cross_entropy + args.kd_weight * total.squared_distance) / rows;
   if (args.dtype == DType::kFloat64) {
     *static_cast<double*>(args.loss) = loss;
@@ -72,7 +66,7 @@ Simd best_simd() {
 
 void kd_loss_cpu(const KdLoss& args, int threads, Simd simd) {
   check_labels(args);
-  RowsFunction* const rows = rows_function(simd);
+  RowsFunction* const rows = kBySimd[static_cast<int>(std::min(simd, best_simd()))];
   const int64_t chunk_rows = std::max<int64_t>(1, kChunkElements / args.classes);
   const int64_t chunks = (args.rows + chunk_rows - 1) / chunk_rows;
   const bool small = args.rows * args.classes < kParallelElements;

@@ -4,6 +4,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "cuda_check.h"
 #include "kd_loss.h"
 
@@ -21,29 +23,18 @@ constexpr int64_t kMaxBlocks = 1024;
 struct Partial {
   double cross_entropy, squared_distance;
   int64_t correct;
+
+  __device__ void operator+=(const Partial& other) {
+    cross_entropy += other.cross_entropy;
+    squared_distance += other.squared_distance;
+    correct += other.correct;
+  }
 };
 static_assert(kMaxBlocks * sizeof(Partial) <= kd_loss_workspace_words * sizeof(int64_t), "the workspace holds it");
 
-template <class T>
-struct Args {
-  const T* student;
-  const T* teacher;
-  const int64_t* labels;
-  int64_t rows, classes;
-  double kd_weight;
-  T* grad;  // nullptr: not wanted
-  Partial* partials;
-};
-
 // The type that rows of T are computed in.
 template <class T>
-struct Precise {
-  using Type = float;
-};
-template <>
-struct Precise<double> {
-  using Type = double;
-};
+using Precise = std::conditional_t<std::is_same<T, double>::value, double, float>;
 
 __device__ float widen(float x) { return x; }
 __device__ double widen(double x) { return x; }
@@ -118,7 +109,7 @@ struct RowResult {
   A squared_distance;
 };
 
-template <class T, class A = typename Precise<T>::Type>
+template <class T, class A = Precise<T>>
 struct Row {
   const T* student;
   const T* teacher;
@@ -139,7 +130,7 @@ __device__ A gradient(const Row<T>& row, const RowResult<A>& result, A student, 
 // A row held in registers: `kEach` logits a thread, classes <= kEach * Group::kThreads.
 template <class T, class Group, int kEach>
 struct Resident {
-  using A = typename Precise<T>::Type;
+  using A = Precise<T>;
   A student[kEach], distance[kEach];
 
   __device__ RowResult<A> read(const Group& group, const Row<T>& row) {
@@ -180,7 +171,7 @@ struct Resident {
 // A row too long for registers: read twice, the second time from the cache.
 template <class T, class Group>
 struct Streamed {
-  using A = typename Precise<T>::Type;
+  using A = Precise<T>;
 
   __device__ RowResult<A> read(const Group& group, const Row<T>& row) {
     A most = -static_cast<A>(INFINITY), squares = 0, total = 0;
@@ -213,9 +204,11 @@ struct Streamed {
 };
 
 template <class T, class Group, class Values>
-__device__ void add_row(const Args<T>& args, const Group& group, int64_t n, Partial& partial) {
-  using A = typename Precise<T>::Type;
-  const Row<T> row{args.student + n * args.classes, args.teacher + n * args.classes, args.classes, args.labels[n]};
+__device__ void add_row(const KdLoss& args, const Group& group, int64_t n, Partial& partial) {
+  using A = Precise<T>;
+  const int64_t start = n * args.classes;
+  const Row<T> row{static_cast<const T*>(args.student) + start, static_cast<const T*>(args.teacher) + start,
+                   args.classes, args.labels[n]};
   const A hit = static_cast<A>(1.0 / static_cast<double>(args.rows));
   const A pull = static_cast<A>(2.0 * args.kd_weight / static_cast<double>(args.rows));
   Values values;
@@ -226,11 +219,11 @@ __device__ void add_row(const Args<T>& args, const Group& group, int64_t n, Part
   partial.cross_entropy += cross_entropy;
   partial.squared_distance += result.squared_distance;
   partial.correct += at_label == result.largest && cross_entropy == cross_entropy && earlier == 0;
-  if (args.grad != nullptr) values.write(group, row, result, hit, pull, args.grad + n * args.classes);
+  if (args.grad != nullptr) values.write(group, row, result, hit, pull, static_cast<T*>(args.grad) + start);
 }
 
 template <class T, int kEach>
-__global__ void __launch_bounds__(kRowThreads) warp_per_row(Args<T> args) {
+__global__ void __launch_bounds__(kRowThreads) warp_per_row(KdLoss args, Partial* partials) {
   constexpr int kWarps = kRowThreads / kWarp;
   __shared__ Partial of_warp[kWarps];
   const int warp = threadIdx.x / kWarp;
@@ -241,21 +234,17 @@ __global__ void __launch_bounds__(kRowThreads) warp_per_row(Args<T> args) {
   if (threadIdx.x % kWarp == 0) of_warp[warp] = partial;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  for (int w = 1; w < kWarps; ++w) {
-    partial.cross_entropy += of_warp[w].cross_entropy;
-    partial.squared_distance += of_warp[w].squared_distance;
-    partial.correct += of_warp[w].correct;
-  }
-  args.partials[blockIdx.x] = partial;
+  for (int w = 1; w < kWarps; ++w) partial += of_warp[w];
+  partials[blockIdx.x] = partial;
 }
 
 // One block a processor is enough for the compiler to aim at: for two it spills.
 template <class T, class Values>
-__global__ void __launch_bounds__(kBlockThreads, 1) block_per_row(Args<T> args) {
+__global__ void __launch_bounds__(kBlockThreads, 1) block_per_row(KdLoss args, Partial* partials) {
   Partial partial{};
   for (int64_t n = blockIdx.x; n < args.rows; n += gridDim.x)
     add_row<T, BlockGroup, Values>(args, BlockGroup(), n, partial);
-  if (threadIdx.x == 0) args.partials[blockIdx.x] = partial;
+  if (threadIdx.x == 0) partials[blockIdx.x] = partial;
 }
 
 template <class Loss>
@@ -263,18 +252,11 @@ __global__ void __launch_bounds__(kTotalThreads)
     add_partials(const Partial* partials, int64_t count, int64_t rows, double kd_weight, Loss* loss, int64_t* correct) {
   __shared__ Partial of_thread[kTotalThreads];
   Partial sum{};
-  for (int64_t p = threadIdx.x; p < count; p += kTotalThreads) {
-    sum.cross_entropy += partials[p].cross_entropy;
-    sum.squared_distance += partials[p].squared_distance;
-    sum.correct += partials[p].correct;
-  }
+  for (int64_t p = threadIdx.x; p < count; p += kTotalThreads) sum += partials[p];
   of_thread[threadIdx.x] = sum;
   for (unsigned half = kTotalThreads / 2; half > 0; half /= 2) {
     __syncthreads();
-    if (threadIdx.x >= half) continue;
-    of_thread[threadIdx.x].cross_entropy += of_thread[threadIdx.x + half].cross_entropy;
-    of_thread[threadIdx.x].squared_distance += of_thread[threadIdx.x + half].squared_distance;
-    of_thread[threadIdx.x].correct += of_thread[threadIdx.x + half].correct;
+    if (threadIdx.x < half) of_thread[threadIdx.x] += of_thread[threadIdx.x + half];
   }
   if (threadIdx.x != 0) return;
   const double divisor = rows > 0 ? static_cast<double>(rows) : 1.0;
@@ -282,42 +264,33 @@ __global__ void __launch_bounds__(kTotalThreads)
   *correct = of_thread[0].correct;
 }
 
+// Returns how many partials there will be.
 template <class T>
-int64_t launch_rows(const Args<T>& args, int64_t stream) {
+int64_t launch_rows(const KdLoss& args, Partial* partials, int64_t stream) {
   const int64_t warps = kRowThreads / kWarp;
   const int64_t warp_blocks = (args.rows + warps - 1) / warps;
   const bool by_warp = args.classes <= kWarp * 32;
   const int64_t wanted = by_warp ? warp_blocks : args.rows, blocks = wanted < kMaxBlocks ? wanted : kMaxBlocks;
   if (blocks == 0) return 0;
-  const auto rows = [&](void (*kernel)(Args<T>), int threads) {
-    launch("kd_loss", kernel, blocks, threads, stream, args);
-  };
+  auto* kernel = block_per_row<T, Streamed<T, BlockGroup>>;
   if (args.classes <= kWarp) {
-    rows(warp_per_row<T, 1>, kRowThreads);
+    kernel = warp_per_row<T, 1>;
   } else if (args.classes <= kWarp * 4) {
-    rows(warp_per_row<T, 4>, kRowThreads);
+    kernel = warp_per_row<T, 4>;
   } else if (by_warp) {
-    rows(warp_per_row<T, 32>, kRowThreads);
+    kernel = warp_per_row<T, 32>;
   } else if (args.classes <= kBlockThreads * 8) {
-    rows(block_per_row<T, Resident<T, BlockGroup, 8>>, kBlockThreads);
-  } else {
-    rows(block_per_row<T, Streamed<T, BlockGroup>>, kBlockThreads);
+    kernel = block_per_row<T, Resident<T, BlockGroup, 8>>;
   }
+  launch("kd_loss", kernel, blocks, by_warp ? kRowThreads : kBlockThreads, stream, args, partials);
   return blocks;
 }
 
-template <class T, class Loss>
+template <class T>
 void launch_all(const KdLoss& args, int64_t* workspace, int64_t stream) {
+  using Loss = Precise<T>;
   auto* partials = reinterpret_cast<Partial*>(workspace);
-  const Args<T> rows{static_cast<const T*>(args.student),
-                     static_cast<const T*>(args.teacher),
-                     args.labels,
-                     args.rows,
-                     args.classes,
-                     args.kd_weight,
-                     static_cast<T*>(args.grad),
-                     partials};
-  const int64_t blocks = launch_rows(rows, stream);
+  const int64_t blocks = launch_rows<T>(args, partials, stream);
   launch("kd_loss", add_partials<Loss>, 1, kTotalThreads, stream, partials, blocks, args.rows, args.kd_weight,
          static_cast<Loss*>(args.loss), args.correct);
 }
@@ -325,16 +298,9 @@ void launch_all(const KdLoss& args, int64_t* workspace, int64_t stream) {
 }  // namespace
 
 void kd_loss_cuda(const KdLoss& args, int64_t* workspace, int64_t stream) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return launch_all<float, float>(args, workspace, stream);
-    case DType::kFloat64:
-      return launch_all<double, double>(args, workspace, stream);
-    case DType::kFloat16:
-      return launch_all<__half, float>(args, workspace, stream);
-    case DType::kBFloat16:
-      return launch_all<__nv_bfloat16, float>(args, workspace, stream);
-  }
+  constexpr void (*kByDType[])(const KdLoss&, int64_t*, int64_t) = {launch_all<float>, launch_all<double>,
+                                                                    launch_all<__half>, launch_all<__nv_bfloat16>};
+  kByDType[static_cast<int>(args.dtype)](args, workspace, stream);
 }
 
 }  // namespace n2n

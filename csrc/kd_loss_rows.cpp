@@ -30,12 +30,8 @@ typedef uint32_t Unsigned __attribute__((vector_size(kBytes)));
 typedef uint16_t Short __attribute__((vector_size(kBytes / 2)));
 typedef double Wide __attribute__((vector_size(kBytes * 2)));  // as many doubles as a Float has lanes
 
-struct Half {
-  uint16_t bits;
-};
-struct BFloat {
-  uint16_t bits;
-};
+enum Half : uint16_t {};
+enum BFloat : uint16_t {};
 
 template <class To, class From>
 N2N_INLINE To bits_as(const From& from) {
@@ -298,16 +294,10 @@ struct Row {
   }
 
   N2N_INLINE bool reaches_before(S value, int64_t end) const {
-    const V wanted = broadcast(value);
-    int64_t i = 0;
-    for (; i + kLanes <= end; i += kLanes) {
-      auto equal = Of<T>::load(student + i) == wanted;
-      for (int l = 0; l < kLanes; ++l)
-        if (equal[l]) return true;
-    }
-    for (; i < end; ++i)
-      if (load_one(student + i) == value) return true;
-    return false;
+    auto equal = V{} != V{};
+    each_vector<kLanes>(
+        end, [&](int64_t i, int, auto lanes) { equal |= Of<T>::load(student + i, lanes, kNone) == broadcast(value); });
+    return reduce(equal, [](auto a, auto b) { return a | b; }) != 0;
   }
 };
 
@@ -339,17 +329,8 @@ RowTotals rows_of(const KdLoss& args, int64_t begin, int64_t end, Scratch* scrat
 }  // namespace
 
 RowTotals kd_loss_rows(const KdLoss& args, int64_t begin, int64_t end, Scratch* scratch) {
-  switch (args.dtype) {
-    case DType::kFloat64:
-      return rows_of<double>(args, begin, end, scratch);
-    case DType::kFloat16:
-      return rows_of<Half>(args, begin, end, scratch);
-    case DType::kBFloat16:
-      return rows_of<BFloat>(args, begin, end, scratch);
-    case DType::kFloat32:
-      break;
-  }
-  return rows_of<float>(args, begin, end, scratch);
+  constexpr RowsFunction* kByDType[] = {rows_of<float>, rows_of<double>, rows_of<Half>, rows_of<BFloat>};
+  return kByDType[static_cast<int>(args.dtype)](args, begin, end, scratch);
 }
 
 }  // namespace N2N_FAST_LEVEL

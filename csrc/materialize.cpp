@@ -50,37 +50,29 @@ void copy_runs(const Plan& plan, const char* source, char* destination) {
 }
 
 // kBytes of a line, 0 where it is only known at run time. A constant lets memcpy become a few moves.
-template <int64_t kBytes>
+template <int64_t kBytes, bool kOneLine = false>
 void copy_units(const Plan& plan, const char* source, char* destination) {
-  const int64_t bytes = kBytes != 0 ? kBytes : plan.line_bytes;
+  const int64_t bytes = kBytes != 0 ? kBytes : plan.line_bytes, lines = kOneLine ? 1 : plan.lines;
   for (int64_t u = 0; u < plan.unit_count; ++u) {
     const char* line = source + (plan.units != nullptr ? plan.units[u] : u) * plan.source_unit;
-    for (int64_t l = 0; l < plan.lines; ++l, line += plan.source_line, destination += bytes)
+    for (int64_t l = 0; l < lines; ++l, line += plan.source_line, destination += bytes)
       std::memcpy(destination, line, bytes);
   }
 }
 
-// The same for chosen units of one line.
-template <int64_t kBytes>
-void gather_units(const Plan& plan, const char* source, char* destination) {
-  for (int64_t u = 0; u < plan.unit_count; ++u, destination += kBytes)
-    std::memcpy(destination, source + plan.units[u] * plan.source_unit, kBytes);
-}
-
 struct UnitCopier {
   int64_t bytes;
-  CopyRow gather, copy;
+  CopyRow one_line, lines;
 };
 template <int64_t kBytes>
-constexpr UnitCopier kCopier{kBytes, gather_units<kBytes>, copy_units<kBytes>};
+constexpr UnitCopier kCopier{kBytes, copy_units<kBytes, true>, copy_units<kBytes>};
 // Single elements, lines of three, and whole 3x3 kernels, of 2, 4 and 8 bytes an element.
 constexpr UnitCopier kCopiers[] = {kCopier<2>,  kCopier<4>,  kCopier<6>,  kCopier<8>, kCopier<12>,
                                    kCopier<18>, kCopier<24>, kCopier<36>, kCopier<72>};
 
 CopyRow unit_copier(const Plan& plan) {
-  const bool gather = plan.units != nullptr && plan.lines == 1;
   for (const UnitCopier& copier : kCopiers)
-    if (copier.bytes == plan.line_bytes) return gather ? copier.gather : copier.copy;
+    if (copier.bytes == plan.line_bytes) return plan.lines == 1 ? copier.one_line : copier.lines;
   return copy_units<0>;
 }
 

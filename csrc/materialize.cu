@@ -1,8 +1,10 @@
 // One launch makes a whole student: a block copies one tile of one result.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cuda_check.h"
 #include "materialize.h"
@@ -32,9 +34,8 @@ int64_t blocks_of(const Piece& piece) {
 }
 
 Job job_of(const Piece& piece, int64_t element_bytes, int64_t end, int64_t first_block) {
-  const int64_t top = (piece.kernel_h - piece.crop_h) / 2, left = (piece.kernel_w - piece.crop_w) / 2;
   Job job{};
-  job.source = piece.source + (top * piece.kernel_w + left) * element_bytes;
+  job.source = piece.source + piece.corner() * element_bytes;
   job.offset = piece.offset;
   job.elements = piece.elements();
   job.end = end;
@@ -53,10 +54,8 @@ Job job_of(const Piece& piece, int64_t element_bytes, int64_t end, int64_t first
 // Copies the indices to `packed` at `position`, which moves on.
 int64_t pack_indices(int64_t address, int64_t kept, int64_t* packed, int64_t& position) {
   if (address == 0) return kAll;
-  const int64_t* indices = reinterpret_cast<const int64_t*>(address);
-  const int64_t start = position;
-  for (int64_t k = 0; k < kept; ++k) packed[position++] = indices[k];
-  return start;
+  std::copy_n(reinterpret_cast<const int64_t*>(address), kept, packed + position);
+  return std::exchange(position, position + kept);
 }
 
 template <class T>
@@ -152,21 +151,19 @@ int64_t materialize_pack(const Piece* pieces, int64_t count, int64_t element_byt
 
 void materialize_cuda(const int64_t* packed, int64_t count, int64_t blocks, int64_t element_bytes, void* flat,
                       int64_t stream) {
-  const char* what = "materialize";
+  const auto launch_as = [&](auto* elements, auto* kernel) {
+    launch("materialize", kernel, blocks, kThreads, stream, packed, count, elements);
+  };
   switch (element_bytes) {
     case 2:
-      return launch(what, materialize_kernel<uint16_t>, blocks, kThreads, stream, packed, count,
-                    static_cast<uint16_t*>(flat));
+      return launch_as(static_cast<uint16_t*>(flat), materialize_kernel<uint16_t>);
     case 4:
-      return launch(what, materialize_kernel<uint32_t>, blocks, kThreads, stream, packed, count,
-                    static_cast<uint32_t*>(flat));
+      return launch_as(static_cast<uint32_t*>(flat), materialize_kernel<uint32_t>);
     case 8:
-      return launch(what, materialize_kernel<uint64_t>, blocks, kThreads, stream, packed, count,
-                    static_cast<uint64_t*>(flat));
-    default:
-      throw std::invalid_argument("materialize: expected elements of 2, 4 or 8 bytes, got " +
-                                  std::to_string(element_bytes));
+      return launch_as(static_cast<uint64_t*>(flat), materialize_kernel<uint64_t>);
   }
+  throw std::invalid_argument("materialize: expected elements of 2, 4 or 8 bytes, got " +
+                              std::to_string(element_bytes));
 }
 
 }  // namespace n2n
