@@ -1,6 +1,6 @@
 // A libFuzzer target of the native entry points: bytes become a plan of materialize or a batch of the loss, right ones
-// and wrong ones. What ops.py validates (addresses, sizes that agree with their tensors) is kept true here; what the
-// native side promises to check itself (indices, labels, order and room of the results) is left to the bytes.
+// and wrong ones. What n2n_fast/native validates (addresses, sizes that agree with their tensors) is kept true here;
+// what the native side promises to check itself (indices, labels, order and room of the results) is left to the bytes.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -48,9 +48,7 @@ class Bytes {
 
 // Memory of exactly so many bytes, on the heap, where the sanitizer sees the first byte beyond.
 using Memory = std::unique_ptr<uint8_t[]>;
-Memory memory(int64_t bytes) {
-  return Memory(new uint8_t[bytes]());
-}
+Memory memory(int64_t bytes) { return Memory(new uint8_t[bytes]()); }
 
 struct Tensors {
   std::vector<Memory> sources;

@@ -52,30 +52,14 @@ void expect(bool right, const std::string& what) {
   if (!right) throw std::runtime_error(what);
 }
 
-double widen(float x) {
-  return x;
-}
-double widen(double x) {
-  return x;
-}
-double widen(__half x) {
-  return __half2float(x);
-}
-double widen(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
-void narrow(double x, float& to) {
-  to = static_cast<float>(x);
-}
-void narrow(double x, double& to) {
-  to = x;
-}
-void narrow(double x, __half& to) {
-  to = __float2half_rn(static_cast<float>(x));
-}
-void narrow(double x, __nv_bfloat16& to) {
-  to = __float2bfloat16_rn(static_cast<float>(x));
-}
+double widen(float x) { return x; }
+double widen(double x) { return x; }
+double widen(__half x) { return __half2float(x); }
+double widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+void narrow(double x, float& to) { to = static_cast<float>(x); }
+void narrow(double x, double& to) { to = x; }
+void narrow(double x, __half& to) { to = __float2half_rn(static_cast<float>(x)); }
+void narrow(double x, __nv_bfloat16& to) { to = __float2bfloat16_rn(static_cast<float>(x)); }
 
 // Numbers between -4 and 4 that look random and are the same everywhere.
 template <class T>
@@ -182,9 +166,10 @@ void try_materialize(const std::vector<Cut>& cuts) {
     for (size_t e = 0; e < source.size(); ++e) source[e] = static_cast<T>(7 * e + pieces.size() + 1);
     sources.emplace_back(source);
     pieces.push_back({reinterpret_cast<int64_t>(sources.back().get()), cut.sizes[0], cut.sizes[1], cut.sizes[2],
-                      cut.sizes[3], cut.rows.empty() ? 0 : reinterpret_cast<int64_t>(cut.rows.data()), cut.kept_out(),
-                      cut.columns.empty() ? 0 : reinterpret_cast<int64_t>(cut.columns.data()), cut.kept_in(),
-                      cut.crop[0], cut.crop[1], static_cast<int64_t>(wanted.size())});
+                      cut.sizes[3], cut.kept_out(), cut.kept_in(), cut.crop[0], cut.crop[1],
+                      cut.rows.empty() ? 0 : reinterpret_cast<int64_t>(cut.rows.data()),
+                      cut.columns.empty() ? 0 : reinterpret_cast<int64_t>(cut.columns.data()),
+                      static_cast<int64_t>(wanted.size())});
     append_on_host(cut, source, wanted);
     wanted.resize((wanted.size() + step - 1) / step * step);
   }

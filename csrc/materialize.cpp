@@ -149,7 +149,7 @@ void zero_gaps(const Piece* pieces, int64_t count, int64_t element_bytes, char* 
   for (int64_t p = 0; p < count; ++p) {
     const int64_t end = pieces[p].offset + pieces[p].elements();
     const int64_t next = p + 1 < count ? pieces[p + 1].offset : flat_elements;
-    std::memset(flat + end * element_bytes, 0, (next - end) * element_bytes);
+    if (next > end) std::memset(flat + end * element_bytes, 0, (next - end) * element_bytes);
   }
 }
 

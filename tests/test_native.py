@@ -539,7 +539,7 @@ def test_a_bank_follows_its_weights():
         ([np.array([0.5]), None], None, "kept[0]: expected one dimension of int64 indices, got float64 of shape (1,)"),
         ([None, np.array([[1]])], None, "kept[1]: expected one dimension of int64 indices, got int64 of shape (1, 1)"),
         ([None, None], [[2, 3]], ("kernel_size[0]: (2, 3) cannot be cropped at the centre of the (3, 3) "
-                                  "kernels; both differences must be even and not negative")),
+                                  "kernels of weights[0]; both differences must be even and not negative")),
     ],
 )  # fmt: skip
 def test_a_bank_refuses(kept, crop, message):
@@ -657,14 +657,14 @@ def test_a_bad_index_is_refused_before_anything_is_written():
     [
         ([1, 2, 3], "table: expected twelve int64 for each piece, got 3 items of 8 bytes"),
         (
-            [0, 2, 1, 1, 1, 0, 2, 0, 1, 1, 1, 3],
+            [0, 2, 1, 1, 1, 2, 1, 1, 1, 0, 0, 3],
             "materialize: result 0 takes 2 elements from 3 on, the flat buffer has 4",
         ),
         (
-            [0, 2, 1, 1, 1, 0, 2, 0, 1, 1, 1, 2**63 - 1],
+            [0, 2, 1, 1, 1, 2, 1, 1, 1, 0, 0, 2**63 - 1],
             f"materialize: result 0 takes 2 elements from {2**63 - 1} on, the flat buffer has 4",
         ),
-        ([0, 2, 1, 1, 1, 0, 2, 0, 1, 1, 1, -1], "materialize: result 0 overlaps the one before it"),
+        ([0, 2, 1, 1, 1, 2, 1, 1, 1, 0, 0, -1], "materialize: result 0 overlaps the one before it"),
     ],
 )
 def test_the_native_side_refuses_tables_that_would_overrun(table, message):
@@ -683,8 +683,7 @@ SMALL_PLAN = (
 
 def test_opcheck_of_materialize():
     arguments = (*SMALL_PLAN[:3], [3, 1, 0, 0, 0, 0])
-    opcheck(torch.ops.n2n_fast.materialize, arguments)
-    opcheck(torch.ops.n2n_fast.materialize_out, (*arguments, torch.randn(200)))
+    opcheck(torch.ops.n2n_fast.materialize, (*arguments, torch.randn(200)))
 
 
 # --- under the compiler -----------------------------------------------------------------------------------------------

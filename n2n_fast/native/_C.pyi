@@ -1,11 +1,10 @@
-"""The native module; addresses are integers and trusted. Only n2n_fast/ops.py calls it."""
+"""The native module; addresses are integers and trusted. Only n2n_fast/native calls it."""
 
-from array import array
 from typing import TypedDict
 
 import numpy as np
 
-Table = array[int] | np.ndarray  # twelve int64 for each piece
+Table = np.ndarray  # twelve int64 for each piece
 
 class BuildInfo(TypedDict):
     compiler: str

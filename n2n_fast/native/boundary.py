@@ -40,9 +40,9 @@ def build_info() -> _C.BuildInfo:
     return _C.build_info()
 
 
-def is_native(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether there is a kernel for such tensors."""
-    return dtype in DTYPE_CODES and (device.type == "cpu" or (device.type == "cuda" and HAS_CUDA))
+def is_native(tensor: Tensor) -> bool:
+    """Tell whether there is a kernel for tensors of its dtype and device."""
+    return tensor.dtype in DTYPE_CODES and (tensor.is_cpu or (tensor.is_cuda and HAS_CUDA))
 
 
 def on_short_path(tensors: Sequence[Tensor | None]) -> bool:

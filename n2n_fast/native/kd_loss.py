@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from n2n_fast.native import _C
-from n2n_fast.native.boundary import DTYPE_CODES, HAS_CUDA, on_short_path, register
+from n2n_fast.native.boundary import DTYPE_CODES, is_native, on_short_path, register
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, kd_weight: float) -> Tensor:
@@ -81,18 +81,14 @@ def kd_loss_and_grad_reference(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, kd_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do what ``kd_loss_and_grad`` does, in plain torch."""
-    student = student_logits.detach()
-    loss = kd_loss_reference(student, teacher_logits, labels, kd_weight)
-    precise = _loss_dtype(student.dtype)
-    wide = student.to(precise)
-    distance = wide - teacher_logits.detach().to(precise)
-    log_probabilities = wide.log_softmax(1)
-    grad = log_probabilities.exp()
-    grad[torch.arange(len(labels), device=labels.device), labels] -= 1
-    grad = ((grad + 2 * kd_weight * distance) / max(1, student.shape[0])).to(student.dtype)
-    cross_entropy = log_probabilities.gather(1, labels[:, None])[:, 0]
+    loss = kd_loss_reference(student_logits.detach(), teacher_logits, labels, kd_weight)
+    precise = _loss_dtype(student_logits.dtype)
+    student, teacher = student_logits.detach().to(precise), teacher_logits.detach().to(precise)
+    hard = student.softmax(1) - F.one_hot(labels, student.shape[1])
+    grad = (hard + 2 * kd_weight * (student - teacher)) / max(1, student.shape[0])
+    cross_entropy = F.cross_entropy(student, labels, reduction="none")
     correct = ((student.argmax(1) == labels) & ~cross_entropy.isnan()).sum()
-    return loss, grad, correct
+    return loss, grad.to(student_logits.dtype), correct
 
 
 def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -112,16 +108,13 @@ def _check_kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
         )
     if teacher.dtype is not dtype:
         raise ValueError(f"teacher_logits: expected {dtype}, as student_logits, got {teacher.dtype}")
-    if teacher.device != device:
-        raise ValueError(
-            f"teacher_logits: expected a tensor on {device}, as student_logits, got one on {teacher.device}"
-        )
     if labels.dtype is not torch.int64:
         raise ValueError(f"labels: expected torch.int64, got {labels.dtype}")
     if labels.shape != shape[:1]:
         raise ValueError(f"labels: expected shape {tuple(shape[:1])}, one for each row, got {tuple(labels.shape)}")
-    if labels.device != device:
-        raise ValueError(f"labels: expected a tensor on {device}, as student_logits, got one on {labels.device}")
+    for name, tensor in (("teacher_logits", teacher), ("labels", labels)):
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, as student_logits, got one on {tensor.device}")
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:
@@ -133,25 +126,34 @@ def _check_labels(labels: Tensor, classes: int) -> None:
         raise ValueError(f"labels[{position}]: {int(labels[position])} out of range for {classes} classes")
 
 
+def _kd_loss_fake(
+    student: Tensor, teacher: Tensor, labels: Tensor, kd_weight: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Validate everything but the values of labels; allocate (loss, grad, correct)."""
+    _check_kd_loss(student, teacher, labels)
+    grad = (
+        torch.empty_like(student, memory_format=torch.contiguous_format)
+        if with_grad
+        else student.new_empty((0, student.shape[1]))
+    )
+    return student.new_empty((), dtype=_loss_dtype(student.dtype)), grad, labels.new_empty(())
+
+
 def _kd_loss_op(
     student: Tensor, teacher: Tensor, labels: Tensor, kd_weight: float, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute (loss, grad, correct); without `with_grad` the grad is (0, C)."""
-    _check_kd_loss(student, teacher, labels)
-    dtype, on_cpu = student.dtype, student.is_cpu
-    if not (on_cpu or (student.is_cuda and HAS_CUDA)):
-        loss, grad, correct = kd_loss_and_grad_reference(student, teacher, labels, kd_weight)
-        return loss, (grad if with_grad else grad[:0].clone()), correct
+    loss, grad, correct = _kd_loss_fake(student, teacher, labels, kd_weight, with_grad)
+    if not is_native(student):
+        loss, full, correct = kd_loss_and_grad_reference(student, teacher, labels, kd_weight)
+        return loss, (full if with_grad else grad), correct
     student, teacher, labels = student.contiguous(), teacher.contiguous(), labels.contiguous()
     rows, classes = student.shape
-    grad = torch.empty_like(student) if with_grad else student.new_empty((0, classes))
-    loss = student.new_empty(()) if dtype.itemsize > 2 else student.new_empty((), dtype=torch.float32)
-    correct = labels.new_empty(())
     arguments = (
-        *(DTYPE_CODES[dtype], rows, classes, student.data_ptr(), teacher.data_ptr(), labels.data_ptr(), kd_weight),
-        *(grad.data_ptr(), loss.data_ptr(), correct.data_ptr()),
+        *(DTYPE_CODES[student.dtype], rows, classes, student.data_ptr(), teacher.data_ptr(), labels.data_ptr()),
+        *(kd_weight, grad.data_ptr(), loss.data_ptr(), correct.data_ptr()),
     )
-    if on_cpu:
+    if student.is_cpu:
         _C.kd_loss_cpu(*arguments, torch.get_num_threads(), _C.BEST_SIMD)
         return loss, grad, correct
     with torch.cuda.device(student.device):
@@ -159,15 +161,6 @@ def _kd_loss_op(
         stream = torch.cuda.current_stream(student.device).cuda_stream
         _C.kd_loss_cuda(*arguments, workspace.data_ptr(), stream)
     return loss, grad, correct
-
-
-def _kd_loss_fake(
-    student: Tensor, teacher: Tensor, labels: Tensor, kd_weight: float, with_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_kd_loss(student, teacher, labels)
-    rows, classes = student.shape
-    grad = student.new_empty((rows if with_grad else 0, classes))
-    return student.new_empty((), dtype=_loss_dtype(student.dtype)), grad, labels.new_empty(())
 
 
 class _KdLoss(Function):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 import weakref
-from array import array
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +18,13 @@ from n2n_fast.native import _C
 from n2n_fast.native.boundary import is_native, on_short_path, register
 
 KernelSize = tuple[int, int] | None
+Keep = Sequence[Tensor | None]
+Kernels = Sequence[KernelSize] | None
 
 _ALIGNMENT = 64  # bytes; where each result starts in the flat buffer
+_PIECE = np.dtype(  # struct Piece of csrc/materialize.h
+    [("source", np.int64), ("size", np.int64, 4), ("kept", np.int64, 4), ("keep", np.int64, 2), ("offset", np.int64)]
+)
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,7 @@ class _Layout:
 
 
 def materialize(
-    weights: Sequence[Tensor],
-    keep_out: Sequence[Tensor | None],
-    keep_in: Sequence[Tensor | None],
-    kernel_size: Sequence[KernelSize] | None = None,
-    out: Tensor | None = None,
+    weights: Sequence[Tensor], keep_out: Keep, keep_in: Keep, kernel_size: Kernels = None, out: Tensor | None = None
 ) -> list[Tensor]:
     """Cut a student's weights out of a teacher's, all in one native call.
 
@@ -61,113 +62,87 @@ def materialize(
     Raises:
         ValueError: naming the argument, what was expected and what came; nothing has been written then.
     """
+    layout = _layout(weights, keep_out, keep_in, kernel_size, out)
     if len(weights) == 0:
-        _check_lengths(weights, keep_out, keep_in, kernel_size)
         return []
-    layout = _check_materialize(weights, keep_out, keep_in, kernel_size)
-    if out is not None:
-        _check_out(out, weights[0], layout.numel)
-    if on_short_path([*weights, *keep_out, *keep_in, out]):
-        flat = weights[0].new_empty(layout.numel) if out is None else out
-        _fill(flat, weights, keep_out, keep_in, kernel_size, layout)
+    flat = weights[0].new_empty(layout.numel) if out is None else out
+    if on_short_path([*weights, *keep_out, *keep_in, flat]):
+        _fill(flat, layout, weights, keep_out, keep_in)
         return _detached_views(flat, layout)
-    arguments = ([w.detach() for w in weights], list(keep_out), list(keep_in), _flat_kernels(weights, kernel_size))
-    if out is None:
-        return _views(torch.ops.n2n_fast.materialize(*arguments), layout)
-    torch.ops.n2n_fast.materialize_out(*arguments, out)
-    return _views(out, layout)
+    sides = [side for size in kernel_size or [None] * len(weights) for side in size or (0, 0)]
+    torch.ops.n2n_fast.materialize([w.detach() for w in weights], list(keep_out), list(keep_in), sides, flat)
+    return _views(flat, layout)
 
 
-def materialize_numel(
-    weights: Sequence[Tensor],
-    keep_out: Sequence[Tensor | None],
-    keep_in: Sequence[Tensor | None],
-    kernel_size: Sequence[KernelSize] | None = None,
-) -> int:
+def materialize_numel(weights: Sequence[Tensor], keep_out: Keep, keep_in: Keep, kernel_size: Kernels = None) -> int:
     """Return the number of elements that ``out`` needs for these arguments of ``materialize``.
 
     Raises:
         ValueError: as ``materialize``, except for the range of indices.
     """
-    if len(weights) == 0:
-        return 0
-    return _check_materialize(weights, keep_out, keep_in, kernel_size).numel
+    return _layout(weights, keep_out, keep_in, kernel_size).numel
 
 
 def materialize_reference(
-    weights: Sequence[Tensor],
-    keep_out: Sequence[Tensor | None],
-    keep_in: Sequence[Tensor | None],
-    kernel_size: Sequence[KernelSize] | None = None,
-    out: Tensor | None = None,
+    weights: Sequence[Tensor], keep_out: Keep, keep_in: Keep, kernel_size: Kernels = None, out: Tensor | None = None
 ) -> list[Tensor]:
     """Do what ``materialize`` does, in plain torch."""
+    layout = _layout(weights, keep_out, keep_in, kernel_size, out)
     if len(weights) == 0:
         return []
-    layout = _check_materialize(weights, keep_out, keep_in, kernel_size)
-    if out is not None:
-        _check_out(out, weights[0], layout.numel)
     flat = weights[0].new_empty(layout.numel) if out is None else out
-    _fill_reference(flat, weights, keep_out, keep_in, kernel_size, layout)
+    _fill_reference(flat, layout, weights, keep_out, keep_in)
     return _detached_views(flat, layout)
 
 
-def _check_materialize(
-    weights: Sequence[Tensor],
-    keep_out: Sequence[Tensor | None],
-    keep_in: Sequence[Tensor | None],
-    kernel_size: Sequence[KernelSize] | None,
+def _layout(
+    weights: Sequence[Tensor], keep_out: Keep, keep_in: Keep, kernel_size: Kernels, out: Tensor | None = None
 ) -> _Layout:
     """Validate everything but the values of indices, and lay the results out."""
-    _check_lengths(weights, keep_out, keep_in, kernel_size)
-    dtype, device = weights[0].dtype, weights[0].device
-    step = max(1, _ALIGNMENT // dtype.itemsize)
+    for name, entries in (("keep_out", keep_out), ("keep_in", keep_in), ("kernel_size", kernel_size)):
+        if entries is not None:
+            _check_length(name, entries, weights)
     shapes: list[tuple[int, ...]] = []
     offsets: list[int] = []
-    offset = 0
+    numel = 0
     for k, weight in enumerate(weights):
-        if weight.dtype is not dtype or weight.device != device:
-            _refuse_mixture(k, weight, weights[0])
-        shape = tuple(weight.shape)
-        dims = len(shape)
-        if dims not in (1, 2, 4):
-            raise ValueError(f"weights[{k}]: expected 1, 2 or 4 dimensions, got shape {shape}")
-        rows, columns = keep_out[k], keep_in[k]
-        kept: tuple[int, ...] = (shape[0] if rows is None else _check_keep("keep_out", k, rows, device),)
-        if dims > 1:
-            kept += (shape[1] if columns is None else _check_keep("keep_in", k, columns, device),)
-        elif columns is not None:
-            raise ValueError(f"keep_in[{k}]: expected None, since weights[{k}] has one dimension, got a tensor")
+        first = weights[0]
+        if weight.dtype is not first.dtype or weight.device != first.device:
+            raise ValueError(
+                f"weights[{k}]: expected {first.dtype} on {first.device}, as weights[0], "
+                f"got {weight.dtype} on {weight.device}"
+            )
         crop = None if kernel_size is None else kernel_size[k]
-        kept += shape[2:] if crop is None else _check_crop(k, shape, crop)
-        numel = 1
-        for size in kept:
-            numel *= size
-        shapes.append(kept)
-        offsets.append(offset)
-        offset += (numel + step - 1) // step * step
-    return _Layout(shapes, offsets, offset)
+        shapes.append(_result_shape(k, weight, keep_out[k], keep_in[k], crop))
+        offsets.append(numel)
+        step = _ALIGNMENT // weight.dtype.itemsize
+        numel += (math.prod(shapes[k]) + step - 1) // step * step
+    if out is not None and len(weights) > 0:
+        _check_out(out, weights[0], numel)
+    return _Layout(shapes, offsets, numel)
 
 
-def _check_lengths(
-    weights: Sequence[Tensor],
-    keep_out: Sequence[Tensor | None],
-    keep_in: Sequence[Tensor | None],
-    kernel_size: Sequence[KernelSize] | None,
-) -> None:
-    for name, entries in (("keep_out", keep_out), ("keep_in", keep_in), ("kernel_size", kernel_size)):
-        if entries is not None and len(entries) != len(weights):
-            raise ValueError(f"{name}: expected {len(weights)} entries, one for each of weights, got {len(entries)}")
+def _result_shape(
+    k: int, weight: Tensor, rows: Tensor | None, columns: Tensor | None, crop: KernelSize
+) -> tuple[int, ...]:
+    shape = tuple(weight.shape)
+    if len(shape) not in (1, 2, 4):
+        raise ValueError(f"weights[{k}]: expected 1, 2 or 4 dimensions, got shape {shape}")
+    kept = [shape[0] if rows is None else _checked_count("keep_out", k, rows, weight.device)]
+    if len(shape) > 1:
+        kept.append(shape[1] if columns is None else _checked_count("keep_in", k, columns, weight.device))
+    elif columns is not None:
+        raise ValueError(f"keep_in[{k}]: expected None, since weights[{k}] has one dimension, got a tensor")
+    if crop is None:
+        return (*kept, *shape[2:])
+    if len(shape) != 4:
+        raise ValueError(f"kernel_size[{k}]: expected None, since weights[{k}] has no kernel, got {tuple(crop)}")
+    _check_crop(k, shape[2:], crop)
+    return (*kept, *crop)
 
 
-def _refuse_mixture(k: int, weight: Tensor, first: Tensor) -> None:
-    raise ValueError(
-        f"weights[{k}]: expected {first.dtype} on {first.device}, as weights[0], got {weight.dtype} on {weight.device}"
-    )
-
-
-def _check_keep(name: str, k: int, index: Tensor, device: torch.device) -> int:
-    """Validate an index tensor but for its values; return its length."""
+def _checked_count(name: str, k: int, index: Tensor, device: torch.device) -> int:
+    """Validate an index tensor but for its values; return how many it has."""
     if index.dtype is not torch.int64 and index.dtype is not torch.int32:
         raise ValueError(f"{name}[{k}]: expected int64 or int32 indices, got {index.dtype}")
     if index.dim() != 1:
@@ -177,16 +152,17 @@ def _check_keep(name: str, k: int, index: Tensor, device: torch.device) -> int:
     return index.shape[0]
 
 
-def _check_crop(k: int, shape: tuple[int, ...], crop: tuple[int, int]) -> tuple[int, int]:
-    if len(shape) != 4:
-        raise ValueError(f"kernel_size[{k}]: expected None, since weights[{k}] has no kernel, got {tuple(crop)}")
-    height, width = crop
-    if not all(0 < to <= of and (of - to) % 2 == 0 for to, of in ((height, shape[2]), (width, shape[3]))):
+def _check_length(name: str, entries: Sequence[object], weights: Sequence[Tensor]) -> None:
+    if len(entries) != len(weights):
+        raise ValueError(f"{name}: expected {len(weights)} entries, one for each of weights, got {len(entries)}")
+
+
+def _check_crop(k: int, kernel: Sequence[int], crop: Sequence[int]) -> None:
+    if not all(0 < to <= of and (of - to) % 2 == 0 for of, to in zip(kernel, crop, strict=True)):
         raise ValueError(
-            f"kernel_size[{k}]: {(height, width)} cannot be cropped at the centre of the {shape[2:]} kernels of "
+            f"kernel_size[{k}]: {tuple(crop)} cannot be cropped at the centre of the {tuple(kernel)} kernels of "
             f"weights[{k}]; both differences must be even and not negative"
         )
-    return height, width
 
 
 def _check_out(out: Tensor, first: Tensor, numel: int) -> None:
@@ -218,34 +194,44 @@ def _detached_views(flat: Tensor, layout: _Layout) -> list[Tensor]:
 @functools.lru_cache(maxsize=4096)
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides of a contiguous tensor."""
-    strides = [1]
-    for size in shape[:0:-1]:
-        strides.append(strides[-1] * size)
-    return tuple(strides[::-1])
+    return tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
 
 
-def _fill(
-    flat: Tensor,
-    weights: Sequence[Tensor],
-    keep_out: Sequence[Tensor | None],
-    keep_in: Sequence[Tensor | None],
-    kernel_size: Sequence[KernelSize] | None,
-    layout: _Layout,
-) -> None:
+def _in_four(shapes: Iterable[Sequence[int]]) -> np.ndarray:
+    """Shapes of at most four sizes, (n, 4)."""
+    return np.array([(*shape, 1, 1, 1)[:4] for shape in shapes], dtype=np.int64).reshape(-1, 4)
+
+
+def _fill(flat: Tensor, layout: _Layout, weights: Sequence[Tensor], keep_out: Keep, keep_in: Keep) -> None:
     """Write the results into `flat`, natively where there is a kernel; the arguments are valid but for index values."""
-    device = flat.device
-    if not is_native(device, flat.dtype) or flat.shape[0] == 0:
-        _fill_reference(flat, weights, keep_out, keep_in, kernel_size, layout)
+    if not is_native(flat):
+        _fill_reference(flat, layout, weights, keep_out, keep_in)
         return
-    weights = [w if w.is_contiguous() else w.contiguous() for w in weights]
-    rows, columns = [_host_index(i) for i in keep_out], [_host_index(i) for i in keep_in]
-    _launch(_table(weights, rows, columns, layout), len(weights), flat)
+    weights = [w.contiguous() for w in weights]
+    rows, columns = ([None if i is None else _host_index(i) for i in side] for side in (keep_out, keep_in))
+    _launch(
+        flat,
+        source=[w.data_ptr() for w in weights],
+        size=_in_four(w.shape for w in weights),
+        kept=_in_four(layout.shapes),
+        keep=[[0 if i is None else i.data_ptr() for i in pair] for pair in zip(rows, columns, strict=True)],
+        offset=layout.offsets,
+    )
 
 
-def _launch(table: _C.Table, count: int, flat: Tensor) -> None:
-    """Run the kernel on a table of `count` pieces; what the table points to must outlive the call."""
-    device, element_bytes = flat.device, flat.element_size()
-    if device.type == "cpu":
+def _host_index(index: Tensor) -> Tensor:
+    """Return the indices as contiguous int64 on the CPU."""
+    usable = index.dtype is torch.int64 and index.is_cpu and index.is_contiguous()
+    return index if usable else index.to("cpu", torch.int64).contiguous()
+
+
+def _launch(flat: Tensor, **pieces: Any) -> None:
+    """Run the kernel on pieces, by field of `_PIECE`; what their addresses point to must outlive the call."""
+    fields = np.empty(len(pieces["offset"]), dtype=_PIECE)
+    for name, values in pieces.items():
+        fields[name] = values
+    table, device, element_bytes = fields.view(np.int64), flat.device, flat.element_size()
+    if flat.is_cpu:
         _C.materialize_cpu(table, element_bytes, flat.data_ptr(), flat.shape[0], torch.get_num_threads())
         return
     with torch.cuda.device(device):
@@ -253,29 +239,54 @@ def _launch(table: _C.Table, count: int, flat: Tensor) -> None:
         blocks = _C.materialize_pack(table, element_bytes, flat.shape[0], packed.data_ptr())
         on_device = packed.to(device, non_blocking=True)
         stream = torch.cuda.current_stream(device).cuda_stream
-        _C.materialize_cuda(on_device.data_ptr(), count, blocks, element_bytes, flat.data_ptr(), stream)
+        _C.materialize_cuda(on_device.data_ptr(), len(fields), blocks, element_bytes, flat.data_ptr(), stream)
 
 
-def _host_index(index: Tensor | None) -> Tensor | None:
-    """Return the indices as contiguous int64 on the CPU."""
-    if index is None or (index.dtype is torch.int64 and index.is_cpu and index.is_contiguous()):
-        return index
-    return index.to("cpu", torch.int64).contiguous()
+def _fill_reference(flat: Tensor, layout: _Layout, weights: Sequence[Tensor], keep_out: Keep, keep_in: Keep) -> None:
+    results = []
+    for k, weight in enumerate(weights):
+        result = _select("keep_out", k, weight.detach(), 0, keep_out[k])
+        result = _select("keep_in", k, result, 1, keep_in[k])
+        for dim, to in enumerate(layout.shapes[k][2:], 2):
+            result = result.narrow(dim, (weight.shape[dim] - to) // 2, to)
+        results.append(result)
+    flat.zero_()
+    for view, result in zip(_views(flat, layout), results, strict=True):
+        view.copy_(result)
 
 
-def _table(
-    weights: Sequence[Tensor], rows: Sequence[Tensor | None], columns: Sequence[Tensor | None], layout: _Layout
-) -> array[int]:
-    """Describe each weight in twelve integers: ``struct Piece`` of csrc/materialize.h."""
-    table: list[int] = []
-    for weight, row, column, kept, offset in zip(weights, rows, columns, layout.shapes, layout.offsets, strict=True):
-        source, result = tuple(weight.shape), kept
-        if len(source) < 4:
-            source, result = (*source, 1, 1, 1)[:4], (*kept, 1, 1, 1)[:4]
-        row_address = 0 if row is None else row.data_ptr()
-        column_address = 0 if column is None else column.data_ptr()
-        table += (weight.data_ptr(), *source, row_address, result[0], column_address, *result[1:], offset)
-    return array("q", table)
+def _select(name: str, k: int, weight: Tensor, dim: int, index: Tensor | None) -> Tensor:
+    if index is None:
+        return weight
+    channels = weight.shape[dim]
+    index = index.to(weight.device, torch.int64)
+    wrong = ((index < 0) | (index >= channels)).nonzero() if not index.is_meta else index[:0]
+    if wrong.numel() > 0:
+        side, value = ("output", "input")[dim], int(index[wrong[0, 0]])
+        raise ValueError(f"{name}[{k}]: index {value} out of range for {channels} {side} channels of weights[{k}]")
+    return weight.index_select(dim, index)
+
+
+def _op_layout(weights: list[Tensor], keep_out: Keep, keep_in: Keep, sides: list[int], out: Tensor) -> _Layout:
+    """sides: the height and width of each kernel, 0 where it is whole."""
+    kernels = [(h, w) if h else None for h, w in zip(sides[::2], sides[1::2], strict=True)]
+    return _layout(weights, keep_out, keep_in, kernels, out)
+
+
+def _materialize_op(weights: list[Tensor], keep_out: Keep, keep_in: Keep, sides: list[int], out: Tensor) -> None:
+    _fill(out, _op_layout(weights, keep_out, keep_in, sides, out), weights, keep_out, keep_in)
+
+
+def _materialize_fake(weights: list[Tensor], keep_out: Keep, keep_in: Keep, sides: list[int], out: Tensor) -> None:
+    _op_layout(weights, keep_out, keep_in, sides, out)
+
+
+register(
+    "materialize",
+    "(Tensor[] weights, Tensor?[] keep_out, Tensor?[] keep_in, SymInt[] sides, Tensor(a!) out) -> ()",
+    _materialize_op,
+    _materialize_fake,
+)
 
 
 class WeightBank:
@@ -295,20 +306,15 @@ class WeightBank:
 
     def __init__(self, weights: Sequence[Tensor], out_axes: Sequence[int], in_axes: Sequence[int | None]) -> None:
         for name, entries in (("out_axes", out_axes), ("in_axes", in_axes)):
-            if len(entries) != len(weights):
-                raise ValueError(
-                    f"{name}: expected {len(weights)} entries, one for each of weights, got {len(entries)}"
-                )
-        if weights:  # check dtypes, devices and dimensions
-            _check_materialize(weights, [None] * len(weights), [None] * len(weights), None)
+            _check_length(name, entries, weights)
+        whole = _layout(weights, [None] * len(weights), [None] * len(weights), None)
         self.weights = [weight.detach().contiguous() for weight in weights]
         self._dims = [weight.ndim for weight in weights]
-        self._sizes = np.array([(*weight.shape, 1, 1, 1)[:4] for weight in weights], dtype=np.int64).reshape(-1, 4)
-        numel = sum(-(-weight.numel() * weight.element_size() // _ALIGNMENT) for weight in self.weights) * _ALIGNMENT
-        self._memory = _RecycledMemory(numel)
+        self._sizes = _in_four(weight.shape for weight in weights)
         self._axes = np.array(
             [(out, -1 if axis is None else axis) for out, axis in zip(out_axes, in_axes, strict=True)], dtype=np.int64
         ).reshape(-1, 2)
+        self._memory = _RecycledMemory(whole.numel)
 
     def materialize(
         self,
@@ -332,41 +338,31 @@ class WeightBank:
             return []
         if len(kept) <= self._axes.max():
             raise ValueError(f"kept: expected {self._axes.max() + 1} entries, one for each axis, got {len(kept)}")
-        indices, starts, length = _joined(kept)
-        address = np.where(length < 0, 0, indices.ctypes.data + indices.itemsize * starts)
-        positions, sizes, axes = chosen.tolist(), self._sizes[chosen], self._axes[chosen]
-        weights = [self.weights[i] for i in positions]
-        channels = np.where(length[axes] < 0, sizes[:, :2], length[axes])
-        crop = sizes[:, 2:] if kernel_size is None else kernel_size
-        _check_crops(sizes[:, 2:], crop)
-        table = np.empty(len(chosen), dtype=_PIECE)
-        table["source"] = [weight.data_ptr() for weight in weights]
-        table["size"], table["crop"] = sizes, crop
-        table["keep_out"], table["keep_in"] = address[axes].T
-        table["kept_out"], table["kept_in"] = channels.T
-        step = max(1, _ALIGNMENT // weights[0].element_size())
-        padded = -(-channels.prod(1) * crop.prod(1) // step) * step
-        ends = padded.cumsum()
-        table["offset"] = ends - padded
-        whole = np.concatenate([channels, crop], 1).tolist()
-        shapes = [tuple(shape[: self._dims[i]]) for i, shape in zip(positions, whole, strict=True)]
-        layout = _Layout(shapes, table["offset"].tolist(), int(ends[-1]))
+        weights, sizes, axes = [self.weights[i] for i in chosen.tolist()], self._sizes[chosen], self._axes[chosen]
+        _indices, addresses, lengths = _joined(kept)  # which live until the kernel has run
+        crops = sizes[:, 2:] if kernel_size is None else kernel_size
+        _check_crops(sizes[:, 2:], crops)
+        results = np.concatenate([np.where(lengths[axes] < 0, sizes[:, :2], lengths[axes]), crops], 1)
+        layout = self._layout(chosen, results)
         if out is not None:
             _check_out(out, weights[0], layout.numel)
         flat = self._memory.empty_like(weights[0], layout.numel) if out is None else out
-        if is_native(flat.device, flat.dtype) and layout.numel > 0:
-            _launch(table.view(np.int64), len(chosen), flat)
+        if is_native(flat):
+            sources = [weight.data_ptr() for weight in weights]
+            _launch(flat, source=sources, size=sizes, kept=results, keep=addresses[axes], offset=layout.offsets)
         else:
             tensors = [None if index is None else torch.from_numpy(index) for index in (*kept, None)]
             keep_out, keep_in = ([tensors[axis] for axis in side] for side in axes.T)
-            kernels = [
-                (h, w) if self._dims[i] == 4 else None for i, (h, w) in zip(positions, crop.tolist(), strict=True)
-            ]
-            _fill_reference(flat, weights, keep_out, keep_in, kernels, layout)
+            _fill_reference(flat, layout, weights, keep_out, keep_in)
         return _detached_views(flat, layout)
 
-
-_Block = tuple[np.ndarray, "weakref.ref[np.ndarray]"]  # memory, and the part of it that a tensor lives on
+    def _layout(self, chosen: np.ndarray, results: np.ndarray) -> _Layout:
+        """results: (n, 4), sizes; at once what `_layout` does one by one."""
+        step = _ALIGNMENT // self.weights[0].element_size()
+        padded = -(-results.prod(1) // step) * step
+        ends = padded.cumsum()
+        shapes = [tuple(size[: self._dims[i]]) for i, size in zip(chosen.tolist(), results.tolist(), strict=True)]
+        return _Layout(shapes, (ends - padded).tolist(), int(ends[-1]))
 
 
 class _RecycledMemory:
@@ -376,156 +372,43 @@ class _RecycledMemory:
     """
 
     def __init__(self, capacity: int) -> None:
-        """capacity: bytes of the largest buffer that is worth keeping; untouched, they take no memory."""
+        """capacity: elements of the largest buffer that is worth keeping; untouched, they take no memory."""
         self._capacity = capacity
-        self._blocks: list[_Block] = []
-        self._lock = threading.Lock()
+        self._free: deque[np.ndarray] = deque(maxlen=2)  # whose methods are atomic
 
     def __reduce__(self) -> tuple[type[_RecycledMemory], tuple[int]]:
         """A copy begins without memory."""
         return _RecycledMemory, (self._capacity,)
 
     def empty_like(self, like: Tensor, numel: int) -> Tensor:
-        """An uninitialised tensor (numel,) of the dtype and device of `like`."""
-        size = numel * like.element_size()
-        if not like.is_cpu or not 0 < size <= self._capacity:  # a GPU's allocator recycles by itself
+        """An uninitialised tensor (numel,) of the dtype and device of `like`, which is of one dtype at every call."""
+        if not like.is_cpu or not 0 < numel <= self._capacity:  # a GPU's allocator recycles by itself
             return like.new_empty(numel)
-        with self._lock:
-            busy: list[_Block] = []
-            free: list[_Block] = []
-            for entry in self._blocks:
-                (free if entry[1]() is None else busy).append(entry)
-            block = free.pop()[0] if free else _aligned(self._capacity)
-            part = block[:size]  # held by the tensor's storage for as long as that lives
-            self._blocks = [*busy, *free[:1], (block, weakref.ref(part))]
-        return torch.from_numpy(part).view(like.dtype)
+        try:
+            block = self._free.pop()
+        except IndexError:
+            block = np.empty(self._capacity * like.element_size() + _ALIGNMENT, dtype=np.uint8)
+        start = -block.ctypes.data % _ALIGNMENT
+        used = block[start : start + numel * like.element_size()]  # lives as long as the tensor's storage
+        weakref.finalize(used, self._free.append, block)
+        return torch.from_numpy(used).view(like.dtype)
 
 
-def _aligned(size: int) -> np.ndarray:
-    """Uninitialised bytes that start at a multiple of the alignment, (size,) uint8."""
-    raw = np.empty(size + _ALIGNMENT, dtype=np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size]
-
-
-_PIECE = np.dtype(  # struct Piece of csrc/materialize.h
-    [
-        ("source", np.int64),
-        ("size", np.int64, 4),
-        ("keep_out", np.int64),
-        ("kept_out", np.int64),
-        ("keep_in", np.int64),
-        ("kept_in", np.int64),
-        ("crop", np.int64, 2),
-        ("offset", np.int64),
-    ]
-)
+def _check_crops(kernels: np.ndarray, crops: np.ndarray) -> None:
+    """Both (n, 2)."""
+    cut = kernels - crops
+    for k in ((cut < 0) | (cut % 2 > 0) | (crops < 1)).any(1).nonzero()[0]:
+        _check_crop(k, kernels[k].tolist(), crops[k].tolist())
 
 
 def _joined(kept: Sequence[np.ndarray | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All indices in one array; of each entry of `kept`, and of a None behind them, its start and length, or -1."""
+    """All indices in one array; of each entry of `kept`, and of a None behind them, address and length, or 0 and -1."""
     for axis, index in enumerate(kept):
         if index is not None and (index.dtype != np.int64 or index.ndim != 1):
             raise ValueError(
                 f"kept[{axis}]: expected one dimension of int64 indices, got {index.dtype} of shape {index.shape}"
             )
     joined = np.concatenate([np.empty(0, np.int64), *(index for index in kept if index is not None)])
-    length = np.array([-1 if index is None else len(index) for index in (*kept, None)])
-    ends = length.clip(0).cumsum()
-    return joined, ends - length.clip(0), length
-
-
-def _check_crops(kernels: np.ndarray, crops: np.ndarray) -> None:
-    """Both (n, 2)."""
-    cut = kernels - crops
-    wrong = ((cut < 0) | (cut % 2 > 0) | (crops < 1)).any(1)
-    if wrong.any():
-        k = int(wrong.argmax())
-        raise ValueError(
-            f"kernel_size[{k}]: {tuple(crops[k].tolist())} cannot be cropped at the centre of the "
-            f"{tuple(kernels[k].tolist())} kernels; both differences must be even and not negative"
-        )
-
-
-def _fill_reference(
-    flat: Tensor,
-    weights: Sequence[Tensor],
-    keep_out: Sequence[Tensor | None],
-    keep_in: Sequence[Tensor | None],
-    kernel_size: Sequence[KernelSize] | None,
-    layout: _Layout,
-) -> None:
-    results = []
-    for k, weight in enumerate(weights):
-        result = _select("keep_out", k, weight.detach(), 0, keep_out[k])
-        result = _select("keep_in", k, result, 1, keep_in[k])
-        crop = None if kernel_size is None else kernel_size[k]
-        if crop is not None:
-            top, left = (weight.shape[2] - crop[0]) // 2, (weight.shape[3] - crop[1]) // 2
-            result = result[:, :, top : top + crop[0], left : left + crop[1]]
-        results.append(result)
-    flat.zero_()
-    for view, result in zip(_views(flat, layout), results, strict=True):
-        view.copy_(result)
-
-
-def _select(name: str, k: int, weight: Tensor, dim: int, index: Tensor | None) -> Tensor:
-    if index is None:
-        return weight
-    channels = weight.shape[dim]
-    index = index.to(weight.device, torch.int64)
-    if not index.is_meta:
-        wrong = ((index < 0) | (index >= channels)).nonzero()
-        if wrong.numel() > 0:
-            side = "output" if dim == 0 else "input"
-            value = int(index[wrong[0, 0]])
-            raise ValueError(f"{name}[{k}]: index {value} out of range for {channels} {side} channels of weights[{k}]")
-    return weight.index_select(dim, index)
-
-
-def _flat_kernels(weights: Sequence[Tensor], kernel_size: Sequence[KernelSize] | None) -> list[int]:
-    """Write kernel sizes as a schema can hold them: two integers each, 0 for None."""
-    sizes = [None] * len(weights) if kernel_size is None else kernel_size
-    return [side for size in sizes for side in (size or (0, 0))]
-
-
-def _kernel_sizes(flat: Sequence[int]) -> list[KernelSize]:
-    return [(h, w) if h else None for h, w in zip(flat[::2], flat[1::2], strict=True)]
-
-
-_Weights = list[Tensor]
-_Keeps = list[Tensor | None]
-
-
-def _materialize_op(weights: _Weights, keep_out: _Keeps, keep_in: _Keeps, kernel_size: list[int]) -> Tensor:
-    sizes = _kernel_sizes(kernel_size)
-    layout = _check_materialize(weights, keep_out, keep_in, sizes)
-    flat = weights[0].new_empty(layout.numel)
-    _fill(flat, weights, keep_out, keep_in, sizes, layout)
-    return flat
-
-
-def _materialize_fake(weights: _Weights, keep_out: _Keeps, keep_in: _Keeps, kernel_size: list[int]) -> Tensor:
-    layout = _check_materialize(weights, keep_out, keep_in, _kernel_sizes(kernel_size))
-    return weights[0].new_empty(layout.numel)
-
-
-def _materialize_out_op(
-    weights: _Weights, keep_out: _Keeps, keep_in: _Keeps, kernel_size: list[int], out: Tensor
-) -> None:
-    sizes = _kernel_sizes(kernel_size)
-    layout = _check_materialize(weights, keep_out, keep_in, sizes)
-    _check_out(out, weights[0], layout.numel)
-    _fill(out, weights, keep_out, keep_in, sizes, layout)
-
-
-def _materialize_out_fake(
-    weights: _Weights, keep_out: _Keeps, keep_in: _Keeps, kernel_size: list[int], out: Tensor
-) -> None:
-    layout = _check_materialize(weights, keep_out, keep_in, _kernel_sizes(kernel_size))
-    _check_out(out, weights[0], layout.numel)
-
-
-_CUT = "Tensor[] weights, Tensor?[] keep_out, Tensor?[] keep_in, SymInt[] kernel_size"
-register("materialize", f"({_CUT}) -> Tensor", _materialize_op, _materialize_fake)
-register("materialize_out", f"({_CUT}, Tensor(a!) out) -> ()", _materialize_out_op, _materialize_out_fake)
+    lengths = np.array([-1 if index is None else len(index) for index in (*kept, None)])
+    starts = lengths.clip(0).cumsum() - lengths.clip(0)
+    return joined, np.where(lengths < 0, 0, joined.ctypes.data + joined.itemsize * starts), lengths
