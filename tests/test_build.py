@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -13,44 +12,32 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CMAKE = shutil.which("cmake")
-needs_cmake = pytest.mark.skipif(CMAKE is None or shutil.which("ninja") is None, reason="needs cmake and ninja")
+FOREIGN = {"torch", "ATen", "c10", "pybind11", "Python"}
 
 
-def configure(build: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+@pytest.mark.skipif(CMAKE is None or shutil.which("ninja") is None, reason="needs cmake and ninja")
+@pytest.mark.parametrize(
+    ("choice", "code", "message"),
+    [
+        ("OFF", 0, "n2n_fast: CUDA for ''"),
+        ("ON", 1, "N2N_FAST_CUDA=ON, but CMake found no CUDA compiler"),
+        ("maybe", 1, "expected AUTO, ON or OFF, got 'maybe'"),
+    ],
+)
+def test_the_choice_of_cuda(tmp_path, monkeypatch, choice, code, message):
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is only installed where the package is built")
-    command = [str(CMAKE), "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
-    paths = [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
-    env = os.environ | environment
-    return subprocess.run([*command, *paths, *options], capture_output=True, text=True, check=False, env=env)
-
-
-@needs_cmake
-def test_without_cuda(tmp_path):
-    done = configure(tmp_path, "-DN2N_FAST_CUDA=OFF")
-    assert done.returncode == 0, done.stderr
-    assert "n2n_fast: CUDA  for ''" in done.stdout
-
-
-@needs_cmake
-def test_cuda_that_is_wanted_but_not_there_is_an_error(tmp_path):
-    done = configure(tmp_path, "-DN2N_FAST_CUDA=ON", CUDACXX=str(tmp_path / "no-such-compiler"))
-    assert done.returncode != 0
-    assert "N2N_FAST_CUDA=ON, but CMake found no CUDA compiler" in " ".join(done.stderr.split())
-
-
-@needs_cmake
-def test_an_unknown_choice_is_an_error(tmp_path):
-    done = configure(tmp_path, "-DN2N_FAST_CUDA=maybe")
-    assert done.returncode != 0
-    assert "expected AUTO, ON or OFF, got 'maybe'" in " ".join(done.stderr.split())
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "no-such-compiler"))
+    options = [f"-DN2N_FAST_CUDA={choice}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    command = [str(CMAKE), "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert message in " ".join((done.stdout + done.stderr).split())
 
 
 def test_native_sources_know_neither_torch_nor_python():
     for source in (ROOT / "csrc").iterdir():
-        includes = re.findall(r'#include [<"]([^>"]+)', source.read_text())
-        assert not [i for i in includes if i.startswith(("torch/", "ATen/", "c10/"))], source.name
-        if source.name != "bindings.cpp":
-            assert not [i for i in includes if i.startswith(("pybind11/", "Python"))], source.name
+        foreign = {name for name in re.findall(r'#include [<"](\w+)', source.read_text()) if name in FOREIGN}
+        assert foreign == ({"pybind11"} if source.name == "bindings.cpp" else set())
 
 
 def test_only_its_own_wing_imports_the_native_module():

@@ -316,7 +316,7 @@ def test_the_loss_under_inductor(device):
 
 @on_gpu
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), DTYPES)
-@pytest.mark.parametrize("shape", [*LOGIT_SHAPES, (0, 5)], ids=str)
+@pytest.mark.parametrize("shape", LOGIT_SHAPES, ids=str)
 def test_the_loss_is_that_of_the_cpu(shape, dtype, rtol, atol, device):
     student, teacher, labels = logits(*shape, dtype)
     there = [tensor.to(device) for tensor in (student, teacher, labels)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-import threading
 from array import array
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ from torch.library import opcheck
 
 from n2n_fast import native
 from n2n_fast.native import _C
-from n2n_fast.native.boundary import DTYPE_CODES
 from n2n_fast.native.materialize import KernelSize
 
 Index = Tensor | None
@@ -33,7 +33,7 @@ DTYPES = [
 # One lane, tails before and after every vector width, rows beyond the stack's scratch, more than one chunk of rows.
 LOGIT_SHAPES = [
     (1, 1), (3, 2), (5, 7), (4, 8), (2, 9), (6, 16), (3, 17), (128, 10), (31, 33), (9, 63), (8, 65), (513, 100),
-    (40, 1000), (3, 4099), (2, 21001), (70000, 1),
+    (40, 1000), (3, 4099), (2, 21001), (70000, 1), (0, 5),
 ]  # fmt: skip
 
 
@@ -47,51 +47,44 @@ def logits(n: int, c: int, dtype: torch.dtype = torch.float32, seed: int = 0) ->
 # --- kd_loss ----------------------------------------------------------------------------------------------------------
 
 
+def assert_loss(got, *arguments, rtol=1e-5, atol=1e-6):
+    """Loss, gradient and count are those of the reference."""
+    loss, grad, correct = got
+    wanted_loss, wanted_grad, wanted_correct = native.kd_loss_and_grad_reference(*arguments)
+    loss_tolerance = {"rtol": 1e-12, "atol": 1e-13} if loss.dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(loss, wanted_loss, equal_nan=True, **loss_tolerance)
+    torch.testing.assert_close(grad, wanted_grad, equal_nan=True, rtol=rtol, atol=atol)
+    torch.testing.assert_close(correct, wanted_correct)
+
+
+def assert_same(got, wanted):
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.fixture(params=range(_C.BEST_SIMD + 1), ids="simd{}".format)
+def simd(request, monkeypatch):
+    """Every level of this machine."""
+    monkeypatch.setattr(_C, "BEST_SIMD", request.param)
+
+
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), DTYPES)
 @pytest.mark.parametrize("shape", LOGIT_SHAPES, ids=str)
-def test_loss_gradient_and_count_are_the_references(shape, dtype, rtol, atol):
-    student, teacher, labels = logits(*shape, dtype)
-    loss, grad, correct = native.kd_loss_and_grad(student, teacher, labels, 0.3)
-    wanted_loss, wanted_grad, wanted_correct = native.kd_loss_and_grad_reference(student, teacher, labels, 0.3)
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert grad.dtype == dtype
-    assert correct.dtype == torch.int64
-    assert correct.item() == wanted_correct.item()
-    torch.testing.assert_close(loss, wanted_loss, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
-    torch.testing.assert_close(grad, wanted_grad, rtol=rtol, atol=atol)
-    torch.testing.assert_close(native.kd_loss(student, teacher, labels, 0.3), loss, rtol=0, atol=0)
+def test_loss_gradient_and_count_are_the_references(shape, dtype, rtol, atol, simd):
+    arguments = *logits(*shape, dtype), 0.3
+    got = native.kd_loss_and_grad(*arguments)
+    assert_loss(got, *arguments, rtol=rtol, atol=atol)
+    assert torch.equal(native.kd_loss(*arguments), got[0])
 
 
-@pytest.mark.parametrize("simd", range(_C.BEST_SIMD + 1))
-@pytest.mark.parametrize(("dtype", "rtol", "atol"), DTYPES)
-@pytest.mark.parametrize("shape", [(3, 1), (6, 10), (5, 37), (2, 1030)], ids=str)
-def test_every_simd_level_of_this_machine(shape, dtype, rtol, atol, simd):
-    student, teacher, labels = logits(*shape, dtype)
-    grad, correct = torch.empty_like(student), torch.empty((), dtype=torch.int64)
-    loss = torch.empty((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    inputs = (student.data_ptr(), teacher.data_ptr(), labels.data_ptr(), 0.3)
-    outputs = (grad.data_ptr(), loss.data_ptr(), correct.data_ptr())
-    _C.kd_loss_cpu(DTYPE_CODES[dtype], *shape, *inputs, *outputs, 1, simd)
-    wanted_loss, wanted_grad, wanted_correct = native.kd_loss_and_grad_reference(student, teacher, labels, 0.3)
-    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(grad, wanted_grad, rtol=rtol, atol=atol)
-    assert correct.item() == wanted_correct.item()
-
-
-@pytest.mark.parametrize("simd", range(_C.BEST_SIMD + 1))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_16_bit_number_is_converted_as_torch_does(dtype, simd):
     # With one class the hard part of the gradient vanishes, and kd_weight 1/2 leaves (s - t) / N.
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
+    labels, finite = torch.zeros(len(every), dtype=torch.int64), every.isfinite()
     for teacher in (torch.zeros_like(every), torch.full_like(every, 0.0123)):
-        grad, results = torch.empty_like(every), torch.empty(2, dtype=torch.int64)
-        labels = torch.zeros(len(every), dtype=torch.int64)
-        inputs = (every.data_ptr(), teacher.data_ptr(), labels.data_ptr(), len(every) / 2)
-        outputs = (grad.data_ptr(), results.data_ptr(), results.data_ptr() + 8)
-        _C.kd_loss_cpu(DTYPE_CODES[dtype], len(every), 1, *inputs, *outputs, 1, simd)
-        wanted = (every.float() - teacher.float()).to(dtype)
-        finite = every.isfinite()
-        assert torch.equal(grad[finite], wanted[finite])
+        grad = native.kd_loss_and_grad(every, teacher, labels, len(every) / 2)[1]
+        assert torch.equal(grad[finite], (every.float() - teacher.float()).to(dtype)[finite])
         assert grad[~finite].isnan().all()
 
 
@@ -101,17 +94,12 @@ def test_every_16_bit_number_is_converted_as_torch_does(dtype, simd):
     c=st.integers(1, 70),
     scale=st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4]),
     kd_weight=st.sampled_from([0.0, 1e-3, 0.5, 2.0]),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 2**20),
 )
-def test_any_shape_and_scale(n, c, scale, kd_weight, dtype, seed):
-    student, teacher, labels = logits(n, c, dtype, seed)
-    student, teacher = student * scale, teacher * scale
-    loss, grad, correct = native.kd_loss_and_grad(student, teacher, labels, kd_weight)
-    wanted_loss, wanted_grad, wanted_correct = native.kd_loss_and_grad_reference(student, teacher, labels, kd_weight)
-    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(grad, wanted_grad, rtol=1e-5, atol=1e-6)
-    assert correct.item() == wanted_correct.item()
+def test_any_shape_and_scale(n, c, scale, kd_weight, seed):
+    student, teacher, labels = logits(n, c, seed=seed)
+    arguments = student * scale, teacher * scale, labels, kd_weight
+    assert_loss(native.kd_loss_and_grad(*arguments), *arguments)
 
 
 def test_the_formula_of_the_paper():
@@ -120,8 +108,8 @@ def test_the_formula_of_the_paper():
     labels = torch.tensor([2, 1])
     hard = torch.nn.functional.cross_entropy(student, labels)
     soft = ((0 + 1 + 4) + (0.25 + 0 + 1)) / 2  # squared distances, summed over classes, averaged over the batch
-    torch.testing.assert_close(native.kd_loss(student, teacher, labels, 0.7), hard + 0.7 * soft)
-    torch.testing.assert_close(native.kd_loss_reference(student, teacher, labels, 0.7), hard + 0.7 * soft)
+    for loss in (native.kd_loss, native.kd_loss_reference):
+        torch.testing.assert_close(loss(student, teacher, labels, 0.7), hard + 0.7 * soft)
 
 
 def test_gradcheck_in_float64():
@@ -132,28 +120,28 @@ def test_gradcheck_in_float64():
 
 
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), DTYPES)
+@pytest.mark.parametrize("rows", [20, 0])
 @pytest.mark.parametrize("seed", [1.0, -2.5, 0.0])
-def test_backward_with_any_seed(dtype, rtol, atol, seed):
-    student, teacher, labels = logits(20, 13, dtype)
-    leaf = student.clone().requires_grad_()
-    (native.kd_loss(leaf * 0.5, teacher, labels, 0.2) * seed).backward()
-    other = student.clone().requires_grad_()
-    (native.kd_loss_reference(other * 0.5, teacher, labels, 0.2) * seed).backward()
-    assert leaf.grad.dtype == dtype
-    torch.testing.assert_close(leaf.grad, other.grad, rtol=rtol, atol=atol)
+def test_backward_with_any_seed(dtype, rtol, atol, rows, seed):
+    student, teacher, labels = logits(rows, 13, dtype)
+    gradients = []
+    for loss in (native.kd_loss, native.kd_loss_reference):
+        leaf = student.clone().requires_grad_()
+        (loss(leaf * 0.5, teacher, labels, 0.2) * seed).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=rtol, atol=atol)
 
 
 def test_backward_twice_accumulates_and_leaves_the_saved_gradient_alone():
     student, teacher, labels = logits(6, 5)
-    student.requires_grad_()
-    loss = native.kd_loss(student, teacher, labels, 0.2)
+    loss = native.kd_loss(student.requires_grad_(), teacher, labels, 0.2)
     loss.backward(retain_graph=True)
     once = student.grad.clone()
     student.grad.zero_()
     loss.backward(retain_graph=True)
-    torch.testing.assert_close(student.grad, once, rtol=0, atol=0)
+    assert torch.equal(student.grad, once)
     loss.backward()
-    torch.testing.assert_close(student.grad, 2 * once, rtol=0, atol=0)
+    assert torch.equal(student.grad, 2 * once)
 
 
 def test_only_the_student_gets_a_gradient():
@@ -170,69 +158,54 @@ def test_only_the_student_gets_a_gradient():
 
 def test_gradient_of_the_gradient_is_refused():
     student, teacher, labels = logits(6, 5)
-    student.requires_grad_()
-    loss = native.kd_loss(student, teacher, labels, 0.2)
+    loss = native.kd_loss(student.requires_grad_(), teacher, labels, 0.2)
     with pytest.raises(RuntimeError, match="kd_loss is differentiable once; kd_loss_reference has higher derivatives"):
         torch.autograd.grad(loss, student, create_graph=True)
-
-
-@pytest.mark.parametrize("classes", [1, 10])
-def test_empty_batch_has_loss_zero(classes):
-    student, teacher, labels = logits(0, classes)
-    student.requires_grad_()
-    loss, grad, correct = native.kd_loss_and_grad(student, teacher, labels, 0.5)
-    assert (loss.item(), tuple(grad.shape), correct.item()) == (0.0, (0, classes), 0)
-    native.kd_loss(student, teacher, labels, 0.5).backward()
-    assert student.grad.shape == (0, classes)
 
 
 def test_non_contiguous_arguments():
     student, teacher, labels = logits(12, 14)
     wanted = native.kd_loss_and_grad(student, teacher, labels, 0.5)
-    strided = torch.empty(12, 28)[:, ::2].copy_(student)
-    doubled = labels.repeat_interleave(2)[::2]
-    transposed = teacher.t().contiguous().t()
-    for got, want in zip(native.kd_loss_and_grad(strided, transposed, doubled, 0.5), wanted, strict=True):
-        assert got.is_contiguous()
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
-    strided.requires_grad_()
+    strided = torch.empty(12, 28)[:, ::2].copy_(student).requires_grad_()
+    doubled, transposed = labels.repeat_interleave(2)[::2], teacher.t().contiguous().t()
+    got = native.kd_loss_and_grad(strided, transposed, doubled, 0.5)
+    assert_same(got, wanted)
+    assert got[1].is_contiguous()
     native.kd_loss(strided, transposed, doubled, 0.5).backward()
-    torch.testing.assert_close(strided.grad, wanted[1], rtol=0, atol=0)
-    expanded = student[:1].expand(12, 14)
-    torch.testing.assert_close(
-        native.kd_loss(expanded, teacher, labels, 0.5), native.kd_loss_reference(expanded, teacher, labels, 0.5)
-    )
+    assert torch.equal(strided.grad, wanted[1])
+    expanded = student[:1].expand(12, 14), teacher, labels, 0.5
+    assert_loss(native.kd_loss_and_grad(*expanded), *expanded)
+
+
+MANY_CLASSES = [3, 10, 40, 1100, 4500]  # each path of kd_loss.cu
 
 
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), DTYPES)
-@pytest.mark.parametrize("classes", [3, 10, 40])
+@pytest.mark.parametrize("classes", MANY_CLASSES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_logits_that_are_not_finite_give_what_torch_gives(dtype, rtol, atol, classes, bad):
-    for place in (0, classes - 1):
-        for kd_weight in (0.0, 0.5):
-            student, teacher, labels = logits(4, classes, dtype)
-            student[2, place] = bad
-            loss, grad, correct = native.kd_loss_and_grad(student, teacher, labels, kd_weight)
-            wanted = native.kd_loss_and_grad_reference(student, teacher, labels, kd_weight)
-            torch.testing.assert_close(loss, wanted[0], equal_nan=True, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(grad[[0, 1, 3]], wanted[1][[0, 1, 3]], rtol=rtol, atol=atol)
-            assert torch.equal(grad.isnan(), wanted[1].isnan())
-            assert correct.item() == wanted[2].item()
+    for place, kd_weight in itertools.product((0, classes - 1), (0.0, 0.5)):
+        student, teacher, labels = logits(2, classes, dtype)
+        student[1, place] = bad
+        arguments = student, teacher, labels, kd_weight
+        assert_loss(native.kd_loss_and_grad(*arguments), *arguments, rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("classes", MANY_CLASSES)
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
-def test_rows_of_one_value_that_is_not_finite(value):
-    student, teacher, labels = torch.full((2, 9), value), torch.zeros(2, 9), torch.tensor([0, 8])
-    loss, _, correct = native.kd_loss_and_grad(student, teacher, labels, 0.0)
+def test_rows_of_one_value_that_is_not_finite(classes, value):
+    student, labels = torch.full((2, classes), value), torch.tensor([0, classes - 1])
+    loss, _, correct = native.kd_loss_and_grad(student, torch.zeros(2, classes), labels, 0.0)
     assert loss.isnan()
     assert correct.item() == 0
 
 
-def test_the_first_of_equal_logits_is_the_prediction():
-    student = torch.zeros(20, 20)
-    loss, _, correct = native.kd_loss_and_grad(student, student, torch.arange(20), 1.0)
+@pytest.mark.parametrize("classes", MANY_CLASSES)
+def test_the_first_of_equal_logits_is_the_prediction(classes):
+    student, labels = torch.zeros(3, classes), torch.tensor([0, 1, classes - 1])
+    loss, _, correct = native.kd_loss_and_grad(student, student, labels, 1.0)
     assert correct.item() == 1
-    torch.testing.assert_close(loss, torch.log(torch.tensor(20.0)))
+    torch.testing.assert_close(loss, torch.log(torch.tensor(float(classes))))
 
 
 def test_a_confident_row_does_not_overflow():
@@ -243,37 +216,29 @@ def test_a_confident_row_does_not_overflow():
     assert correct.item() == 2
 
 
-def test_the_same_to_the_last_bit_for_any_number_of_threads():
-    student, teacher, labels = logits(700, 501)
+@pytest.fixture
+def threads():
+    """A function that sets torch's number of threads."""
     before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            results += [native.kd_loss_and_grad(student, teacher, labels, 0.1) for _ in range(5)]
-    finally:
-        torch.set_num_threads(before)
-    for loss, grad, _ in results[1:]:
-        assert torch.equal(loss, results[0][0])
-        assert torch.equal(grad, results[0][1])
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_the_same_to_the_last_bit_for_any_number_of_threads(threads):
+    arguments = *logits(700, 501), 0.1
+    threads(1)
+    wanted = native.kd_loss_and_grad(*arguments)
+    for count in (2, 3, 8) * 5:
+        threads(count)
+        assert_same(native.kd_loss_and_grad(*arguments), wanted)
 
 
 def test_calls_from_many_threads_at_once():
-    student, teacher, labels = logits(300, 500)
-    wanted = native.kd_loss_and_grad(student, teacher, labels, 0.1)
-    wrong: list[int] = []
-
-    def work() -> None:
-        for _ in range(20):
-            got = native.kd_loss_and_grad(student, teacher, labels, 0.1)
-            wrong.extend(k for k in range(3) if not torch.equal(got[k], wanted[k]))
-
-    workers = [threading.Thread(target=work) for _ in range(6)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert wrong == []
+    arguments = *logits(300, 500), 0.1
+    wanted = native.kd_loss_and_grad(*arguments)
+    with ThreadPoolExecutor(6) as pool:
+        for got in pool.map(lambda _: native.kd_loss_and_grad(*arguments), range(120)):
+            assert_same(got, wanted)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -316,38 +281,20 @@ def test_bad_arguments_of_the_loss(student, teacher, labels, message):
             call(student, teacher, labels, 0.5)
 
 
-def test_a_bad_label_is_refused_before_anything_is_written():
-    student, teacher, _ = logits(3, 4)
-    labels = torch.tensor([0, 1, 4])
-    grad, results = torch.full_like(student, 7.0), torch.full((2,), 7, dtype=torch.int64)
-    inputs = (student.data_ptr(), teacher.data_ptr(), labels.data_ptr(), 0.5)
-    outputs = (grad.data_ptr(), results.data_ptr(), results.data_ptr() + 8)
-    with pytest.raises(ValueError, match="4 out of range"):
-        _C.kd_loss_cpu(0, 3, 4, *inputs, *outputs, 1, _C.BEST_SIMD)
-    assert (grad == 7).all()
-    assert (results == 7).all()
-
-
 @pytest.mark.parametrize("with_grad", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_of_the_loss(dtype, with_grad):
     student, teacher, labels = logits(5, 7, dtype)
-    student.requires_grad_(with_grad)
-    opcheck(torch.ops.n2n_fast.kd_loss, (student, teacher, labels, 0.7, with_grad))
+    opcheck(torch.ops.n2n_fast.kd_loss, (student.requires_grad_(with_grad), teacher, labels, 0.7, with_grad))
 
 
 def test_meta_tensors_give_meta_results():
-    student, teacher, labels = (t.to("meta") for t in logits(5, 7, torch.float16))
-    loss, grad, correct = native.kd_loss_and_grad(student, teacher, labels, 0.7)
-    assert (loss.dtype, tuple(grad.shape), grad.dtype, correct.dtype) == (
-        torch.float32,
-        (5, 7),
-        torch.float16,
-        torch.int64,
-    )
-    assert {loss.device.type, grad.device.type, correct.device.type} == {"meta"}
-    (result,) = native.materialize([torch.empty(8, 4, 3, 3, device="meta")], [torch.tensor([1, 2])], [None], [(1, 1)])
-    assert (result.device.type, tuple(result.shape)) == ("meta", (2, 4, 1, 1))
+    arguments = *(tensor.to("meta") for tensor in logits(5, 7, torch.float16)), 0.7
+    cut = native.materialize([torch.empty(8, 4, 3, 3, device="meta")], [torch.tensor([1, 2])], [None], [(1, 1)])
+    results = [*native.kd_loss_and_grad(*arguments), *cut]
+    assert {result.device.type for result in results} == {"meta"}
+    assert [tuple(result.shape) for result in results] == [(), (5, 7), (), (2, 4, 1, 1)]
+    assert [result.dtype for result in results] == [torch.float32, torch.float16, torch.int64, torch.float32]
 
 
 # --- materialize ------------------------------------------------------------------------------------------------------
@@ -464,11 +411,11 @@ def test_results_do_not_require_grad():
 @pytest.mark.parametrize("call", [native.materialize, native.materialize_reference])
 @pytest.mark.parametrize("before", [0, 3])
 def test_a_recycled_buffer(call, spare, before):
-    weights, keep_out, keep_in = [torch.randn(6, 4, 3, 3), torch.randn(6)], [torch.tensor([5, 1]), None], [None, None]
-    out = torch.full((before + native.materialize_numel(weights, keep_out, keep_in) + spare,), float("nan"))[before:]
-    results = call(weights, keep_out, keep_in, None, out)
+    arguments = [torch.randn(6, 4, 3, 3), torch.randn(6)], [torch.tensor([5, 1]), None], [None, None]
+    out = torch.full((before + native.materialize_numel(*arguments) + spare,), float("nan"))[before:]
+    results = call(*arguments, None, out)
     assert results[0].data_ptr() == out.data_ptr()
-    assert_results(results, [weights[0][[5, 1]], weights[1]])
+    assert_results(results, [arguments[0][0][[5, 1]], arguments[0][1]])
     assert out.isfinite().all()
     assert (out[len(out) - spare :] == 0).all()
 
@@ -522,13 +469,9 @@ def test_a_bank_cuts_as_materialize_does(arguments, dtype):
 
 
 def test_a_bank_follows_its_weights():
-    weight = torch.randn(4, 3)
-    bank = native.WeightBank([weight], [0], [1])
-    weight.data = weight.data + 1  # a new storage: the bank keeps what it was given
-    weight = bank.weights[0]
-    weight.fill_(7)
-    (result,) = bank.materialize(np.array([0]), [np.array([2]), None])
-    assert result.tolist() == [[7, 7, 7]]
+    bank = native.WeightBank([torch.randn(4, 3)], [0], [1])
+    bank.weights[0].fill_(7)
+    assert bank.materialize(np.array([0]), [np.array([2]), None])[0].tolist() == [[7, 7, 7]]
 
 
 @pytest.mark.parametrize(
@@ -540,16 +483,13 @@ def test_a_bank_follows_its_weights():
         ([None, np.array([[1]])], None, "kept[1]: expected one dimension of int64 indices, got int64 of shape (1, 1)"),
         ([None, None], [[2, 3]], ("kernel_size[0]: (2, 3) cannot be cropped at the centre of the (3, 3) "
                                   "kernels of weights[0]; both differences must be even and not negative")),
+        ([None], None, "kept: expected 2 entries, one for each axis, got 1"),
     ],
 )  # fmt: skip
 def test_a_bank_refuses(kept, crop, message):
     bank = native.WeightBank([torch.randn(4, 3, 3, 3)], [0], [1])
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         bank.materialize(np.array([0]), kept, None if crop is None else np.array(crop))
-    with pytest.raises(IndexError):
-        bank.materialize(np.array([1]), [None, None])
-    with pytest.raises(ValueError, match=r"^kept: expected 2 entries, one for each axis, got 1$"):
-        bank.materialize(np.array([0]), [None])
 
 
 def test_a_bank_checks_its_weights_once():
@@ -645,6 +585,10 @@ def test_bad_plans(call, arguments, message):
         call(*arguments)
 
 
+PIECE = [0, 2, 1, 1, 1, 2, 1, 1, 1, 0, 0]  # two elements, all kept; what lacks is the offset
+LARGEST = 2**63 - 1
+
+
 def test_a_bad_index_is_refused_before_anything_is_written():
     out = torch.full((500,), 7.0)
     with pytest.raises(ValueError, match="out of range"):
@@ -656,15 +600,9 @@ def test_a_bad_index_is_refused_before_anything_is_written():
     ("table", "message"),
     [
         ([1, 2, 3], "table: expected twelve int64 for each piece, got 3 items of 8 bytes"),
-        (
-            [0, 2, 1, 1, 1, 2, 1, 1, 1, 0, 0, 3],
-            "materialize: result 0 takes 2 elements from 3 on, the flat buffer has 4",
-        ),
-        (
-            [0, 2, 1, 1, 1, 2, 1, 1, 1, 0, 0, 2**63 - 1],
-            f"materialize: result 0 takes 2 elements from {2**63 - 1} on, the flat buffer has 4",
-        ),
-        ([0, 2, 1, 1, 1, 2, 1, 1, 1, 0, 0, -1], "materialize: result 0 overlaps the one before it"),
+        ([*PIECE, 3], "materialize: result 0 takes 2 elements from 3 on, the flat buffer has 4"),
+        ([*PIECE, LARGEST], f"materialize: result 0 takes 2 elements from {LARGEST} on, the flat buffer has 4"),
+        ([*PIECE, -1], "materialize: result 0 overlaps the one before it"),
     ],
 )
 def test_the_native_side_refuses_tables_that_would_overrun(table, message):
@@ -682,8 +620,7 @@ SMALL_PLAN = (
 
 
 def test_opcheck_of_materialize():
-    arguments = (*SMALL_PLAN[:3], [3, 1, 0, 0, 0, 0])
-    opcheck(torch.ops.n2n_fast.materialize, (*arguments, torch.randn(200)))
+    opcheck(torch.ops.n2n_fast.materialize, (*SMALL_PLAN[:3], [3, 1, 0, 0, 0, 0], torch.randn(200)))
 
 
 # --- under the compiler -----------------------------------------------------------------------------------------------
@@ -705,16 +642,12 @@ def test_the_loss_compiles_without_a_graph_break(dynamic):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_everything_compiles_by_inductor():
-    student, teacher, labels = logits(6, 7)
-    compiled = torch.compile(lambda *a: native.kd_loss_and_grad(*a, 0.7), fullgraph=True)
-    for got, want in zip(
-        compiled(student, teacher, labels), native.kd_loss_and_grad(student, teacher, labels, 0.7), strict=True
-    ):
-        torch.testing.assert_close(got, want)
+    arguments = *logits(6, 7), 0.7
+    got = torch.compile(native.kd_loss_and_grad, fullgraph=True)(*arguments)
+    assert_loss(got, *arguments)
     cut = torch.compile(native.materialize, fullgraph=True)
-    assert_results(cut(*SMALL_PLAN), native.materialize(*SMALL_PLAN))
-    out = torch.randn(200)
-    assert_results(cut(*SMALL_PLAN, out), native.materialize(*SMALL_PLAN))
+    for out in ((), (torch.randn(200),)):
+        assert_results(cut(*SMALL_PLAN, *out), native.materialize(*SMALL_PLAN))
 
 
 def test_bad_shapes_are_refused_while_tracing():
