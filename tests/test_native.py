@@ -112,13 +112,6 @@ def test_the_formula_of_the_paper():
         torch.testing.assert_close(loss(student, teacher, labels, 0.7), hard + 0.7 * soft)
 
 
-def test_gradcheck_in_float64():
-    student, teacher, labels = logits(5, 11, torch.float64)
-    student.requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: native.kd_loss(s, teacher, labels, 0.7), student)
-    assert torch.autograd.gradcheck(lambda s: torch.ops.n2n_fast.kd_loss(s, teacher, labels, 0.7, True)[0], student)
-
-
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), DTYPES)
 @pytest.mark.parametrize("rows", [20, 0])
 @pytest.mark.parametrize("seed", [1.0, -2.5, 0.0])
@@ -184,20 +177,11 @@ MANY_CLASSES = [3, 10, 40, 1100, 4500]  # each path of kd_loss.cu
 @pytest.mark.parametrize("classes", MANY_CLASSES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_logits_that_are_not_finite_give_what_torch_gives(dtype, rtol, atol, classes, bad):
-    for place, kd_weight in itertools.product((0, classes - 1), (0.0, 0.5)):
+    for place, kd_weight in itertools.product((0, -1, slice(None)), (0.0, 0.5)):
         student, teacher, labels = logits(2, classes, dtype)
         student[1, place] = bad
         arguments = student, teacher, labels, kd_weight
         assert_loss(native.kd_loss_and_grad(*arguments), *arguments, rtol=rtol, atol=atol)
-
-
-@pytest.mark.parametrize("classes", MANY_CLASSES)
-@pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
-def test_rows_of_one_value_that_is_not_finite(classes, value):
-    student, labels = torch.full((2, classes), value), torch.tensor([0, classes - 1])
-    loss, _, correct = native.kd_loss_and_grad(student, torch.zeros(2, classes), labels, 0.0)
-    assert loss.isnan()
-    assert correct.item() == 0
 
 
 @pytest.mark.parametrize("classes", MANY_CLASSES)
@@ -420,58 +404,30 @@ def test_a_recycled_buffer(call, spare, before):
     assert (out[len(out) - spare :] == 0).all()
 
 
-@st.composite
-def banks(draw):
-    """Weights whose channels lie on shared axes, and one cut of some of them."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
-    sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
-    axis = st.integers(0, len(sizes) - 1)
-    weights, out_axes, in_axes, kernels = [], [], [], []
-    for _ in range(draw(st.integers(1, 6))):
-        out, given = draw(axis), draw(st.none() | axis)
-        kernel = draw(st.sampled_from([None, 1, 3, 5])) if given is not None else None
-        shape = [sizes[out]] + ([] if given is None else [sizes[given]]) + ([] if kernel is None else [kernel, kernel])
-        weights.append(torch.randn(shape, generator=generator))
-        out_axes.append(out)
-        in_axes.append(given)
-        kernels.append(tuple(draw(st.integers(0, kernel // 2)) * 2 + 1 for _ in "hw") if kernel else (1, 1))
-    kept = [
-        draw(st.none() | st.lists(st.integers(0, size - 1), max_size=12).map(lambda i: np.array(i, dtype=np.int64)))
-        for size in sizes
-    ]
-    chosen = np.array(draw(st.lists(st.integers(0, len(weights) - 1), unique=True)), dtype=np.int64)
-    return weights, out_axes, in_axes, kernels, kept, chosen
-
-
 @settings(max_examples=200, deadline=None)
-@given(banks(), st.sampled_from([torch.float32, torch.bfloat16, torch.int32]))
-def test_a_bank_cuts_as_materialize_does(arguments, dtype):
-    weights, out_axes, in_axes, kernels, kept, chosen = arguments
-    weights = [(100 * weight).to(dtype) for weight in weights]
-    index = [None if k is None else torch.from_numpy(k) for k in kept]
-    wanted = [
-        by_indexing(
-            weights[i],
-            index[out_axes[i]],
-            None if in_axes[i] is None else index[in_axes[i]],
-            kernels[i] if weights[i].ndim == 4 else None,
-        )
-        for i in chosen
-    ]
-    bank = native.WeightBank(weights, out_axes, in_axes)
-    crops = np.array([kernels[i] for i in chosen], dtype=np.int64).reshape(-1, 2)
+@given(plan(), st.data())
+def test_a_bank_cuts_as_materialize_does(arguments, data):
+    weights, keep_out, keep_in, kernels = arguments
+    count, ndims = len(weights), [weight.ndim for weight in weights]
+    bank = native.WeightBank(weights, range(count), [None if n == 1 else count + k for k, n in enumerate(ndims)])
+    chosen = np.array(data.draw(st.lists(st.sampled_from(range(count)), unique=True)), dtype=np.int64)
+    kept = [None if index is None else index.long().numpy() for index in (*keep_out, *keep_in)]
+    crops = np.array([kernels[k] or weights[k].shape[2:] or (1, 1) for k in chosen]).reshape(-1, 2)
+    wanted = [by_indexing(*(part[k] for part in arguments)) for k in chosen]
     assert_results(bank.materialize(chosen, kept, crops), wanted)
-    recycled = torch.full((sum(-(-want.numel() // 16) * 32 for want in wanted),), 7).to(dtype)
+    recycled = torch.full((sum(want.numel() + 32 for want in wanted),), 7).to(weights[0].dtype)
     assert_results(bank.materialize(chosen, kept, crops, recycled), wanted)
     if wanted:
         with pytest.raises(ValueError, match="out: expected a contiguous 1-D tensor"):
-            bank.materialize(chosen, kept, crops, recycled.double())
+            bank.materialize(chosen, kept, crops, recycled.bool())
 
 
-def test_a_bank_follows_its_weights():
-    bank = native.WeightBank([torch.randn(4, 3)], [0], [1])
+def test_a_bank_follows_its_weights_whose_channels_may_lie_on_one_axis():
+    bank = native.WeightBank([torch.randn(3, 3), torch.randn(3)], [0, 0], [0, None])
     bank.weights[0].fill_(7)
-    assert bank.materialize(np.array([0]), [np.array([2]), None])[0].tolist() == [[7, 7, 7]]
+    square, vector = bank.materialize(np.arange(2), [np.array([2, 0])])
+    assert square.tolist() == [[7, 7], [7, 7]]
+    assert torch.equal(vector, bank.weights[1][[2, 0]])
 
 
 @pytest.mark.parametrize(
