@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -42,6 +41,11 @@ def logits(n: int, c: int, dtype: torch.dtype = torch.float32, seed: int = 0) ->
     student = torch.randn(n, c, generator=generator, dtype=torch.float64) * 4
     teacher = torch.randn(n, c, generator=generator, dtype=torch.float64) * 4
     return student.to(dtype), teacher.to(dtype), torch.randint(0, c, (n,), generator=generator)
+
+
+def refused(message: str):
+    """The call fails by just these words."""
+    return pytest.raises(ValueError, match=f"^{re.escape(message)}$")
 
 
 # --- kd_loss ----------------------------------------------------------------------------------------------------------
@@ -261,7 +265,7 @@ BAD_LOSS_ARGUMENTS = [
 def test_bad_arguments_of_the_loss(student, teacher, labels, message):
     calls = (native.kd_loss, native.kd_loss_and_grad, native.kd_loss_reference, native.kd_loss_and_grad_reference)
     for call in calls:
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        with refused(message):
             call(student, teacher, labels, 0.5)
 
 
@@ -404,6 +408,76 @@ def test_a_recycled_buffer(call, spare, before):
     assert (out[len(out) - spare :] == 0).all()
 
 
+W = torch.randn(8, 6, 3, 3)
+V = torch.randn(8)
+I8 = torch.tensor([0, 7])
+NO_CROP = (
+    "cannot be cropped at the centre of the (3, 3) kernels of weights[0]; "
+    "both differences must be even and not negative"
+)
+NEEDED = "out: expected a contiguous 1-D tensor of at least 432 elements, torch.float32 on cpu"
+BAD_PLANS = [
+    (([W, V], [None], [None, None]), "keep_out: expected 2 entries, one for each of weights, got 1"),
+    (([W, V], [None, None], [None] * 3), "keep_in: expected 2 entries, one for each of weights, got 3"),
+    (([W], [None], [None], []), "kernel_size: expected 1 entries, one for each of weights, got 0"),
+    (([W, V.double()], [None] * 2, [None] * 2),
+     "weights[1]: expected torch.float32 on cpu, as weights[0], got torch.float64 on cpu"),
+    (([W, V.to("meta")], [None] * 2, [None] * 2),
+     "weights[1]: expected torch.float32 on cpu, as weights[0], got torch.float32 on meta"),
+    (([W[0]], [None], [None]), "weights[0]: expected 1, 2 or 4 dimensions, got shape (6, 3, 3)"),
+    (([V.sum()], [None], [None]), "weights[0]: expected 1, 2 or 4 dimensions, got shape ()"),
+    (([W], [I8.float()], [None]), "keep_out[0]: expected int64 or int32 indices, got torch.float32"),
+    (([W], [None], [I8.bool()]), "keep_in[0]: expected int64 or int32 indices, got torch.bool"),
+    (([W], [I8[None]], [None]), "keep_out[0]: expected one dimension, got shape (1, 2)"),
+    (([W], [I8.to("meta")], [None]), "keep_out[0]: expected a tensor on cpu or cpu, got one on meta"),
+    (([V], [None], [I8]), "keep_in[0]: expected None, since weights[0] has one dimension, got a tensor"),
+    (([V], [None], [None], [(1, 1)]), "kernel_size[0]: expected None, since weights[0] has no kernel, got (1, 1)"),
+    (([W, V], [torch.tensor([8]), None], [None, None]),
+     "keep_out[0]: index 8 out of range for 8 output channels of weights[0]"),
+    (([V, W], [None, None], [None, torch.tensor([1, 2, 6, -1])]),
+     "keep_in[1]: index 6 out of range for 6 input channels of weights[1]"),
+    (([V], [torch.tensor([0, -1], dtype=torch.int32)], [None]),
+     "keep_out[0]: index -1 out of range for 8 output channels of weights[0]"),
+    (([W], [None], [None], None, torch.empty(431)), f"{NEEDED}, got shape (431,), torch.float32 on cpu"),
+    (([W], [None], [None], None, torch.empty(432).double()), f"{NEEDED}, got shape (432,), torch.float64 on cpu"),
+    (([W], [None], [None], None, torch.empty(900)[::2]), f"{NEEDED}, got shape (450,), torch.float32 on cpu"),
+]  # fmt: skip
+BAD_PLANS += [
+    (([W], [None], [None], [crop]), f"kernel_size[0]: {crop} {NO_CROP}")
+    for crop in [(2, 3), (5, 3), (0, 1), (-1, 1), (3, 4)]
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_PLANS, ids=lambda v: v[:40] if isinstance(v, str) else "")
+@pytest.mark.parametrize("call", [native.materialize, native.materialize_reference])
+def test_bad_plans(call, arguments, message):
+    with refused(message):
+        call(*arguments)
+
+
+def test_a_bad_index_is_refused_before_anything_is_written():
+    out = torch.full((500,), 7.0)
+    with refused("keep_out[1]: index 9 out of range for 8 output channels of weights[1]"):
+        native.materialize([V, V], [None, torch.tensor([9])], [None, None], None, out)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("offset", "message"),
+    [
+        (3, "materialize: result 0 takes 2 elements from 3 on, the flat buffer has 4"),
+        (2**63 - 1, f"materialize: result 0 takes 2 elements from {2**63 - 1} on, the flat buffer has 4"),
+        (-1, "materialize: result 0 overlaps the one before it"),
+    ],
+)
+def test_the_native_side_refuses_what_would_overrun(offset, message):
+    flat, piece = torch.zeros(4), np.array([0, 2, 1, 1, 1, 2, 1, 1, 1, 0, 0, offset])
+    with refused(message):
+        _C.materialize_cpu(piece, 4, flat.data_ptr(), 4, 1)
+    with refused("table: expected twelve int64 for each piece, got 11 items of 8 bytes"):
+        _C.materialize_cpu(piece[1:], 4, flat.data_ptr(), 4, 1)
+
+
 @settings(max_examples=200, deadline=None)
 @given(plan(), st.data())
 def test_a_bank_cuts_as_materialize_does(arguments, data):
@@ -430,29 +504,28 @@ def test_a_bank_follows_its_weights_whose_channels_may_lie_on_one_axis():
     assert torch.equal(vector, bank.weights[1][[2, 0]])
 
 
-@pytest.mark.parametrize(
-    ("kept", "crop", "message"),
-    [
-        ([np.array([4]), None], None, "keep_out[0]: index 4 out of range for 4 output channels of weights[0]"),
-        ([None, np.array([-1])], None, "keep_in[0]: index -1 out of range for 3 input channels of weights[0]"),
-        ([np.array([0.5]), None], None, "kept[0]: expected one dimension of int64 indices, got float64 of shape (1,)"),
-        ([None, np.array([[1]])], None, "kept[1]: expected one dimension of int64 indices, got int64 of shape (1, 1)"),
-        ([None, None], [[2, 3]], ("kernel_size[0]: (2, 3) cannot be cropped at the centre of the (3, 3) "
-                                  "kernels of weights[0]; both differences must be even and not negative")),
-        ([None], None, "kept: expected 2 entries, one for each axis, got 1"),
-    ],
-)  # fmt: skip
+BANK = native.WeightBank([torch.randn(4, 3, 3, 3)], [0], [1])
+BAD_CUTS = [
+    ([np.array([4]), None], None, "keep_out[0]: index 4 out of range for 4 output channels of weights[0]"),
+    ([None, np.array([-1])], None, "keep_in[0]: index -1 out of range for 3 input channels of weights[0]"),
+    ([np.array([0.5]), None], None, "kept[0]: expected one dimension of int64 indices, got float64 of shape (1,)"),
+    ([None, np.array([[1]])], None, "kept[1]: expected one dimension of int64 indices, got int64 of shape (1, 1)"),
+    ([None], None, "kept: expected 2 entries, one for each axis, got 1"),
+    ([None, None], np.array([[2, 3]]), f"kernel_size[0]: (2, 3) {NO_CROP}"),
+]
+
+
+@pytest.mark.parametrize(("kept", "crop", "message"), BAD_CUTS)
 def test_a_bank_refuses(kept, crop, message):
-    bank = native.WeightBank([torch.randn(4, 3, 3, 3)], [0], [1])
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        bank.materialize(np.array([0]), kept, None if crop is None else np.array(crop))
+    with refused(message):
+        BANK.materialize(np.array([0]), kept, crop)
 
 
 def test_a_bank_checks_its_weights_once():
-    with pytest.raises(ValueError, match=r"^out_axes: expected 1 entries, one for each of weights, got 2$"):
-        native.WeightBank([torch.randn(3)], [0, 1], [None])
-    with pytest.raises(ValueError, match=r"^weights\[1\]: expected torch.float32 on cpu"):
-        native.WeightBank([torch.randn(3), torch.randn(3).double()], [0, 0], [None, None])
+    with refused("out_axes: expected 1 entries, one for each of weights, got 2"):
+        native.WeightBank([V], [0, 1], [None])
+    with refused("weights[1]: expected torch.float32 on cpu, as weights[0], got torch.float64 on cpu"):
+        native.WeightBank([V, V.double()], [0, 0], [None, None])
     assert native.WeightBank([], [], []).materialize(np.array([], dtype=np.int64), []) == []
 
 
@@ -474,13 +547,12 @@ def test_memory_is_used_again_once_no_tensor_is_left_on_it():
     assert torch.equal(second, bank.weights[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_recycled_memory_is_of_the_bank_s_type_and_no_larger_than_the_results(dtype):
-    bank = native.WeightBank([torch.randn(7, 5).to(dtype)], [0], [1])
+def test_recycled_memory_is_no_larger_than_the_results():
+    bank = native.WeightBank([torch.randn(7, 5)], [0], [1])
     result = bank.materialize(np.array([0]), [np.array([1, 4]), None])[0]
     assert torch.equal(result, bank.weights[0][[1, 4]])
     assert result.data_ptr() % 64 == 0
-    assert result.untyped_storage().nbytes() <= 64 + 10 * dtype.itemsize
+    assert result.untyped_storage().nbytes() <= 64 + 40
     more = bank.materialize(np.array([0]), [np.zeros(100, np.int64), None])[0]  # beyond what the bank holds
     assert torch.equal(more, bank.weights[0][[0] * 100])
 
@@ -491,80 +563,6 @@ def test_nothing_to_do():
     assert native.materialize_numel([], [], []) == 0
     (empty,) = native.materialize([torch.randn(3, 4)], [torch.empty(0, dtype=torch.int64)], [None])
     assert tuple(empty.shape) == (0, 4)
-
-
-W = torch.randn(8, 6, 3, 3)
-V = torch.randn(8)
-I8 = torch.tensor([0, 7])
-NEEDED = "out: expected a contiguous 1-D tensor of at least 432 elements, torch.float32 on cpu"
-BAD_PLANS = [
-    (([W, V], [None], [None, None]), "keep_out: expected 2 entries, one for each of weights, got 1"),
-    (([W, V], [None, None], [None] * 3), "keep_in: expected 2 entries, one for each of weights, got 3"),
-    (([W], [None], [None], []), "kernel_size: expected 1 entries, one for each of weights, got 0"),
-    (([W, V.double()], [None] * 2, [None] * 2),
-     "weights[1]: expected torch.float32 on cpu, as weights[0], got torch.float64 on cpu"),
-    (([W, V.to("meta")], [None] * 2, [None] * 2),
-     "weights[1]: expected torch.float32 on cpu, as weights[0], got torch.float32 on meta"),
-    (([W[0]], [None], [None]), "weights[0]: expected 1, 2 or 4 dimensions, got shape (6, 3, 3)"),
-    (([V.sum()], [None], [None]), "weights[0]: expected 1, 2 or 4 dimensions, got shape ()"),
-    (([W], [I8.float()], [None]), "keep_out[0]: expected int64 or int32 indices, got torch.float32"),
-    (([W], [None], [I8.bool()]), "keep_in[0]: expected int64 or int32 indices, got torch.bool"),
-    (([W], [I8[None]], [None]), "keep_out[0]: expected one dimension, got shape (1, 2)"),
-    (([W], [I8.to("meta")], [None]), "keep_out[0]: expected a tensor on cpu or cpu, got one on meta"),
-    (([V], [None], [I8]), "keep_in[0]: expected None, since weights[0] has one dimension, got a tensor"),
-    (([V], [None], [None], [(1, 1)]), "kernel_size[0]: expected None, since weights[0] has no kernel, got (1, 1)"),
-    (([W, V], [torch.tensor([8]), None], [None, None]),
-     "keep_out[0]: index 8 out of range for 8 output channels of weights[0]"),
-    (([V, W], [None, None], [None, torch.tensor([1, 2, 6, -1])]),
-     "keep_in[1]: index 6 out of range for 6 input channels of weights[1]"),
-    (([V], [torch.tensor([0, -1], dtype=torch.int32)], [None]),
-     "keep_out[0]: index -1 out of range for 8 output channels of weights[0]"),
-    (([W], [None], [None], None, torch.empty(431)),
-     f"{NEEDED}, got shape (431,), torch.float32 on cpu"),
-    (([W], [None], [None], None, torch.empty(432).double()),
-     f"{NEEDED}, got shape (432,), torch.float64 on cpu"),
-    (([W], [None], [None], None, torch.empty(900)[::2]),
-     f"{NEEDED}, got shape (450,), torch.float32 on cpu"),
-]  # fmt: skip
-BAD_PLANS += [
-    (([W], [None], [None], [crop]),
-     (f"kernel_size[0]: {crop} cannot be cropped at the centre of the (3, 3) kernels of weights[0]; "
-      "both differences must be even and not negative"))
-    for crop in [(2, 3), (5, 3), (0, 1), (-1, 1), (3, 4)]
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD_PLANS, ids=lambda v: v[:40] if isinstance(v, str) else "")
-@pytest.mark.parametrize("call", [native.materialize, native.materialize_reference])
-def test_bad_plans(call, arguments, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        call(*arguments)
-
-
-PIECE = [0, 2, 1, 1, 1, 2, 1, 1, 1, 0, 0]  # two elements, all kept; what lacks is the offset
-LARGEST = 2**63 - 1
-
-
-def test_a_bad_index_is_refused_before_anything_is_written():
-    out = torch.full((500,), 7.0)
-    with pytest.raises(ValueError, match="out of range"):
-        native.materialize([V, V], [None, torch.tensor([9])], [None, None], None, out)
-    assert (out == 7).all()
-
-
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ([1, 2, 3], "table: expected twelve int64 for each piece, got 3 items of 8 bytes"),
-        ([*PIECE, 3], "materialize: result 0 takes 2 elements from 3 on, the flat buffer has 4"),
-        ([*PIECE, LARGEST], f"materialize: result 0 takes 2 elements from {LARGEST} on, the flat buffer has 4"),
-        ([*PIECE, -1], "materialize: result 0 overlaps the one before it"),
-    ],
-)
-def test_the_native_side_refuses_tables_that_would_overrun(table, message):
-    flat = torch.zeros(4)
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        _C.materialize_cpu(array("q", table), 4, flat.data_ptr(), 4, 1)
 
 
 SMALL_PLAN = (
