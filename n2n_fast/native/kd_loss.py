@@ -112,9 +112,9 @@ def _check_kd_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels: expected torch.int64, got {labels.dtype}")
     if labels.shape != shape[:1]:
         raise ValueError(f"labels: expected shape {tuple(shape[:1])}, one for each row, got {tuple(labels.shape)}")
-    for name, tensor in (("teacher_logits", teacher), ("labels", labels)):
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected a tensor on {device}, as student_logits, got one on {tensor.device}")
+    if teacher.device != device or labels.device != device:
+        name, other = ("labels", labels) if teacher.device == device else ("teacher_logits", teacher)
+        raise ValueError(f"{name}: expected a tensor on {device}, as student_logits, got one on {other.device}")
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:

@@ -311,9 +311,7 @@ class WeightBank:
         self.weights = [weight.detach().contiguous() for weight in weights]
         self._dims = [weight.ndim for weight in weights]
         self._sizes = _in_four(weight.shape for weight in weights)
-        self._axes = np.array(
-            [(out, -1 if axis is None else axis) for out, axis in zip(out_axes, in_axes, strict=True)], dtype=np.int64
-        ).reshape(-1, 2)
+        self._axes = np.array([out_axes, [-1 if axis is None else axis for axis in in_axes]], dtype=np.int64).T
         self._memory = _RecycledMemory(whole.numel)
 
     def materialize(
@@ -338,17 +336,15 @@ class WeightBank:
             return []
         if len(kept) <= self._axes.max():
             raise ValueError(f"kept: expected {self._axes.max() + 1} entries, one for each axis, got {len(kept)}")
-        weights, sizes, axes = [self.weights[i] for i in chosen.tolist()], self._sizes[chosen], self._axes[chosen]
+        weights, axes = [self.weights[i] for i in chosen.tolist()], self._axes[chosen]
         _indices, addresses, lengths = _joined(kept)  # which live until the kernel has run
-        crops = sizes[:, 2:] if kernel_size is None else kernel_size
-        _check_crops(sizes[:, 2:], crops)
-        results = np.concatenate([np.where(lengths[axes] < 0, sizes[:, :2], lengths[axes]), crops], 1)
+        results = self._results(chosen, lengths[axes], kernel_size)
         layout = self._layout(chosen, results)
         if out is not None:
             _check_out(out, weights[0], layout.numel)
         flat = self._memory.empty_like(weights[0], layout.numel) if out is None else out
         if is_native(flat):
-            sources = [weight.data_ptr() for weight in weights]
+            sources, sizes = [weight.data_ptr() for weight in weights], self._sizes[chosen]
             _launch(flat, source=sources, size=sizes, kept=results, keep=addresses[axes], offset=layout.offsets)
         else:
             tensors = [None if index is None else torch.from_numpy(index) for index in (*kept, None)]
@@ -356,8 +352,17 @@ class WeightBank:
             _fill_reference(flat, layout, weights, keep_out, keep_in)
         return _detached_views(flat, layout)
 
+    def _results(self, chosen: np.ndarray, lengths: np.ndarray, kernel_size: np.ndarray | None) -> np.ndarray:
+        """The results' sizes, (n, 4); lengths: how many output and input channels are kept, (n, 2), -1 for all."""
+        channels, kernels = self._sizes[chosen, :2], self._sizes[chosen, 2:]
+        crops = kernels if kernel_size is None else kernel_size
+        cut = kernels - crops
+        for k in ((cut < 0) | (cut % 2 > 0) | (crops < 1)).any(1).nonzero()[0]:
+            _check_crop(k, kernels[k].tolist(), crops[k].tolist())
+        return np.concatenate([np.where(lengths < 0, channels, lengths), crops], 1)
+
     def _layout(self, chosen: np.ndarray, results: np.ndarray) -> _Layout:
-        """results: (n, 4), sizes; at once what `_layout` does one by one."""
+        """Lay the results out, at once; the function `_layout` does so one by one."""
         step = _ALIGNMENT // self.weights[0].element_size()
         padded = -(-results.prod(1) // step) * step
         ends = padded.cumsum()
@@ -392,13 +397,6 @@ class _RecycledMemory:
         used = block[start : start + numel * like.element_size()]  # lives as long as the tensor's storage
         weakref.finalize(used, self._free.append, block)
         return torch.from_numpy(used).view(like.dtype)
-
-
-def _check_crops(kernels: np.ndarray, crops: np.ndarray) -> None:
-    """Both (n, 2)."""
-    cut = kernels - crops
-    for k in ((cut < 0) | (cut % 2 > 0) | (crops < 1)).any(1).nonzero()[0]:
-        _check_crop(k, kernels[k].tolist(), crops[k].tolist())
 
 
 def _joined(kept: Sequence[np.ndarray | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
