@@ -15,10 +15,9 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from n2n_fast.files.errors import BadInput
 from n2n_fast.training.data import Augmentation
 from n2n_fast.training.datasets import load
-from small_sets import message
+from small_sets import refused
 
 RNG = np.random.default_rng(0)
 
@@ -41,9 +40,8 @@ RNG = np.random.default_rng(0)
     ],
 )
 def test_a_bad_spec_is_refused(spec: str, options: dict[str, Any], text: str) -> None:
-    with pytest.raises(BadInput, match=text) as error:
+    with refused(text):
         load(spec, **options)
-    message(error)
 
 
 # --- digits
@@ -71,13 +69,9 @@ def test_the_test_digits_do_not_depend_on_the_seed() -> None:
     assert not torch.equal(one.train.labels, two.train.labels)
 
 
-def test_the_digits_file_is_small_and_scikit_learns() -> None:
-    file = resources.files("n2n_fast.training").joinpath("digits.npz")
-    content = file.read_bytes()
-    assert len(content) < 100_000
-    assert "CC BY 4.0" in resources.files("n2n_fast.training").joinpath("digits.txt").read_text()
+def test_the_digits_are_scikit_learns() -> None:
     sklearn = pytest.importorskip("sklearn.datasets")
-    with resources.as_file(file) as path, np.load(path) as arrays:
+    with np.load(str(resources.files("n2n_fast.training").joinpath("digits.npz"))) as arrays:
         assert np.array_equal(arrays["images"], sklearn.load_digits().images)
         assert np.array_equal(arrays["labels"], sklearn.load_digits().target)
 
@@ -129,7 +123,7 @@ def test_cifar(name: str, kind: Any, flat: bool, tmp_path: Path, monkeypatch: py
 def test_a_cifar_file_of_other_content_is_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path / "cifar-10-batches-py", datasets.CIFAR10, monkeypatch)
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps(print))
-    with pytest.raises(BadInput, match=r"no cifar10, or a damaged one, in .*--download"):
+    with refused(r"no cifar10, or a damaged one, in .*--download"):
         load(f"cifar10:{tmp_path}")
 
 
@@ -160,7 +154,7 @@ def test_svhn(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_svhn_without_scipy_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("n2n_fast.training.datasets._importable", lambda module: False)
-    with pytest.raises(BadInput, match="pip install scipy"):
+    with refused("pip install scipy"):
         load(f"svhn:{tmp_path}")
 
 
@@ -211,9 +205,8 @@ def test_truncated_fashion_mnist_is_refused(packed: bool, tmp_path: Path) -> Non
     write_fashion(tmp_path, packed)
     path = next(tmp_path.glob("train-images*"))
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(BadInput, match=r"fashion-mnist cannot be read from .*--download to fetch it anew") as error:
+    with refused(r"fashion-mnist cannot be read from .*--download to fetch it anew"):
         load(f"fashion-mnist:{tmp_path}")
-    message(error)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "fashion-mnist"])
@@ -221,12 +214,11 @@ def test_a_missing_set_names_the_directory_and_the_flag(name: str, tmp_path: Pat
     if name == "svhn":
         pytest.importorskip("scipy.io")
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(BadInput, match=f"no {name}, .* in {folder};.*--download") as error:
+        with refused(f"no {name}, .* in {folder};.*--download"):
             load(f"{name}:{folder}")
-        message(error)
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(BadInput, match=f"{file} is not a directory"):
+    with refused(f"{file} is not a directory"):
         load(f"{name}:{file}")
 
 
@@ -235,7 +227,7 @@ def test_an_unreadable_directory_is_refused(tmp_path: Path, monkeypatch: pytest.
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(datasets, "CIFAR10", type("Refusing", (datasets.CIFAR10,), {"__init__": refuse}))
-    with pytest.raises(BadInput, match=r"cannot be read \(Permission denied\)"):
+    with refused(r"cannot be read \(Permission denied\)"):
         load(f"cifar10:{tmp_path}")
 
 
@@ -244,9 +236,8 @@ def test_a_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError("no route to host\nat all")
 
     monkeypatch.setattr(datasets.CIFAR10, "download", fail)
-    with pytest.raises(BadInput, match=r"cannot be downloaded into .*\(OSError: no route to host\)") as error:
+    with refused(r"cannot be downloaded into .*\(OSError: no route to host\)"):
         load(f"cifar10:{tmp_path}", download=True)
-    message(error)
 
 
 # --- imagefolder
@@ -277,7 +268,7 @@ def test_imagefolder(held: str | None, tmp_path: Path) -> None:
 
 def test_grey_imagefolder_for_one_channel(tmp_path: Path) -> None:
     write_folder(tmp_path)
-    with pytest.raises(BadInput, match="is no grey image but 1 channel is asked for"):
+    with refused("is no grey image but 1 channel is asked for"):
         load(f"imagefolder:{tmp_path}", channels=1)
     for path in tmp_path.rglob("*.png"):
         Image.open(path).convert("L").save(path)
@@ -286,24 +277,23 @@ def test_grey_imagefolder_for_one_channel(tmp_path: Path) -> None:
 
 
 def test_bad_imagefolders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BadInput, match="nowhere is not a directory"):
+    with refused("nowhere is not a directory"):
         load(f"imagefolder:{tmp_path / 'nowhere'}")
-    with pytest.raises(BadInput, match="is no folder of class folders of images"):
+    with refused("is no folder of class folders of images"):
         load(f"imagefolder:{tmp_path}")
     write_folder(tmp_path / "train")
     write_folder(tmp_path / "test", ("cat", "cow"))
-    with pytest.raises(BadInput, match=r"differ in their class folders \(cow, dog\)"):
+    with refused(r"differ in their class folders \(cow, dog\)"):
         load(f"imagefolder:{tmp_path}")
     write_folder(tmp_path / "one", ("cat",))
-    with pytest.raises(BadInput, match="1 class in the training data"):
+    with refused("1 class in the training data"):
         load(f"imagefolder:{tmp_path / 'one'}")
     broken = tmp_path / "train" / "dog" / "3.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    with pytest.raises(BadInput, match=r"3\.png cannot be decoded .*; remove or repair it") as error:
+    with refused(r"3\.png cannot be decoded .*; remove or repair it"):
         load(f"imagefolder:{tmp_path / 'train'}")
-    message(error)
     monkeypatch.setattr("n2n_fast.training.datasets._memory_bytes", lambda: 10_000)
-    with pytest.raises(BadInput, match=r"GB are needed for the images but half of memory is 0\.0 GB"):
+    with refused(r"GB are needed for the images but half of memory is 0\.0 GB"):
         load(f"imagefolder:{tmp_path / 'test'}")
 
 
@@ -371,9 +361,8 @@ X, Y = _arrays(20)["x"], _arrays(20)["y"]
 def test_bad_arrays_are_refused(arrays: dict[str, Any], text: str, tmp_path: Path) -> None:
     path = tmp_path / "some.npz"
     np.savez(path, **arrays)
-    with pytest.raises(BadInput, match=text) as error:
+    with refused(f"{path}.*{text}"):
         load(f"npz:{path}")
-    assert str(path) in message(error)
 
 
 def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:
@@ -384,15 +373,14 @@ def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:
     for name, case in cases.items():
         path = tmp_path / f"{name}.npz"
         path.write_bytes(case)
-        with pytest.raises(BadInput, match=r"\.npz is no \.npz file, or a damaged one") as error:
+        with refused(r"\.npz is no \.npz file, or a damaged one"):
             load(f"npz:{path}")
-        message(error)
     np.save(tmp_path / "single.npy", X)
-    with pytest.raises(BadInput, match=r"is no \.npz file"):
+    with refused(r"is no \.npz file"):
         load(f"npz:{tmp_path / 'single.npy'}")
-    with pytest.raises(BadInput, match="does not exist"):
+    with refused("does not exist"):
         load(f"npz:{tmp_path / 'nowhere.npz'}")
-    with pytest.raises(BadInput, match="is a directory"):
+    with refused("is a directory"):
         load(f"npz:{tmp_path}")
 
 
@@ -407,7 +395,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: py
     assert path.stat().st_size < 100_000
     monkeypatch.setattr("n2n_fast.training.datasets._memory_bytes", lambda: 30_000_000)
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("unpacked"))
-    with pytest.raises(BadInput, match=r"0\.0 GB are needed for the images but half of memory is 0\.0 GB"):
+    with refused(r"0\.0 GB are needed for the images but half of memory is 0\.0 GB"):
         load(f"npz:{path}")
 
 
@@ -416,13 +404,11 @@ def test_a_header_that_lies_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x.npy", npy_header((20, 1000, 1000)) + b"\0" * 100)
         archive.writestr("y.npy", npy_header((20,)) + b"\0" * 20)
-    with pytest.raises(BadInput, match=r"array x declares shape \(20, 1000, 1000\) but holds 100 bytes; save it anew"):
+    with refused(r"array x declares shape \(20, 1000, 1000\) but holds 100 bytes; save it anew"):
         load(f"npz:{path}")
 
 
 def test_resizing_beyond_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("n2n_fast.training.datasets._memory_bytes", lambda: 10**9)
-    with pytest.raises(
-        BadInput, match=r"digits: 1\.8 GB are needed .*half of memory is 0\.5 GB; use a smaller --image"
-    ):
+    with refused(r"digits: 1\.8 GB are needed .*half of memory is 0\.5 GB; use a smaller --image"):
         load("digits", image_size=1000)

@@ -37,7 +37,7 @@ from n2n_fast.search.plan import plan
 from n2n_fast.search.reinforce import compress, read_policies
 from n2n_fast.search.result import Result, load_student
 from n2n_fast.search.workers import Workers
-from n2n_fast.training import teachers
+from n2n_fast.training import teacher_files, teachers
 from n2n_fast.training.data import ImageData, accuracy
 from n2n_fast.training.datasets import load
 
@@ -251,7 +251,7 @@ def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, Im
         model = teachers.create("digits_resnet", images.classes, 1, seed=seed)
         model = _teach(model, images, options["quiet"], epochs=DIGITS_TEACHER_EPOCHS, seed=seed)
     else:
-        model = teachers.load_teacher(file, options["arch"], allow_pickle=options["allow_pickle"])
+        model = teacher_files.load_teacher(file, options["arch"], allow_pickle=options["allow_pickle"])
         images = _load(options, seed, teachers.input_channels(model))
     teachers.check_fits(model.to(options["device"]), images)
     return model, images
@@ -328,7 +328,7 @@ def _inspected(options: dict[str, Any]) -> tuple[nn.Module, torch.Tensor]:
         return None if data is None else load(data, image_size=size, channels=channels)
 
     if file is not None:
-        model = teachers.load_teacher(file, arch, allow_pickle=options["allow_pickle"])
+        model = teacher_files.load_teacher(file, arch, allow_pickle=options["allow_pickle"])
         images = given(teachers.input_channels(model))
     elif arch is not None:
         images = given(teachers.usual_channels(arch))
