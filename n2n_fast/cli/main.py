@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from n2n_fast.cli import report, tables
+from n2n_fast.cli.evaluate import student_accuracy
 from n2n_fast.cli.export import SUFFIXES, export
 from n2n_fast.cli.options import (
     OF_ONE_CALL,
@@ -29,15 +30,15 @@ from n2n_fast.cli.options import (
     version,
 )
 from n2n_fast.cli.progress import TENSORBOARD, Bar, Curves
-from n2n_fast.files.errors import BadInput, DeviceFault, first_line, raise_device_fault, telling_device_faults
+from n2n_fast.files.errors import BadInput, DeviceFault, telling_device_faults
 from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.search.checkpoint import Interrupted, read_settings
+from n2n_fast.search.checkpoint import Interrupted
 from n2n_fast.search.config import PROTOCOLS, SETTINGS, SearchConfig
 from n2n_fast.search.plan import plan
 from n2n_fast.search.reinforce import compress, read_policies
-from n2n_fast.search.result import Result, load_student
+from n2n_fast.search.result import Result
 from n2n_fast.search.workers import Workers
-from n2n_fast.training import teachers
+from n2n_fast.training import teacher_files, teachers
 from n2n_fast.training.data import ImageData, accuracy
 from n2n_fast.training.datasets import load
 
@@ -112,25 +113,12 @@ quiet_option = option("--quiet", "Show no progress, only warnings and the result
 run_argument = click.argument("directory", metavar="RUN", type=FILE)
 
 
-def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if wanted:
-        click.echo(version())
-        context.exit()
-
-
 @click.group(
     cls=Group,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-@click.option(
-    "--version",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_version,
-    help="Show the version, and what was built.",
-)
+@click.version_option(message=version(), help="Show the version, and what was built.")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Compress a trained CNN into a much smaller one by N2N learning.
@@ -178,9 +166,11 @@ def run(context: click.Context, /, **options: Any) -> int:
     Without --teacher a small ResNet is trained on the data first. --resume DIR needs no other options. n2n-fast run
     --help-all shows every option and setting.
     """
-    config = _config(context, options)
+    defaults = {**PROTOCOLS[options["protocol"]], **(DIGITS_DEFAULTS if options["data"] == DIGITS else {})}
+    config = SearchConfig(**{**defaults, **given_settings(context)})
     start, out = time.perf_counter(), options["resume"] or options["out"] or _free_directory()
     curves = Curves(out, config.rollouts) if options["tensorboard"] else None
+    workers = _workers(options)
     if options["policy"] is not None:
         read_policies(options["policy"])  # before a teacher is trained, and in a dry run
     model, images = _teacher_and_data(options, config.seed)
@@ -190,7 +180,7 @@ def run(context: click.Context, /, **options: Any) -> int:
         return 0
     with Bar(options["quiet"], curves) as bar:
         try:
-            result = _search(model, images, config, out, bar, options)
+            result = _search(model, images, config, out, bar, workers, options)
         except Interrupted as stopped:  # here, since click knows a KeyboardInterrupt alone
             click.echo(f"interrupted; go on with: n2n-fast run --resume {stopped}", err=True)
             return INTERRUPTED
@@ -198,22 +188,20 @@ def run(context: click.Context, /, **options: Any) -> int:
     return _conclude(result, options["json"], time.perf_counter() - start)
 
 
-def _config(context: click.Context, options: dict[str, Any]) -> SearchConfig:
-    """The settings that were given, over those that suit the protocol and the data."""
-    defaults = {**PROTOCOLS[options["protocol"]], **(DIGITS_DEFAULTS if options["data"] == DIGITS else {})}
-    return SearchConfig(**{**defaults, **given_settings(context)})
-
-
 def _search(
-    model: nn.Module, images: ImageData, config: SearchConfig, out: Path, bar: Bar, options: dict[str, Any]
+    model: nn.Module,
+    images: ImageData,
+    config: SearchConfig,
+    out: Path,
+    bar: Bar,
+    workers: Workers | None,
+    options: dict[str, Any],
 ) -> Result:
-    noted = {name: _plain(value) for name, value in options.items() if name not in (*OF_ONE_CALL, *SETTINGS)}
-    resume, policies, workers = options["resume"] is not None, options["policy"], _workers(options)
+    command = {name: _plain(value) for name, value in options.items() if name not in (*OF_ONE_CALL, *SETTINGS)}
+    more = {"resume": options["resume"] is not None, "policies": options["policy"]}
     try:
         with bar.stops_by_signals():
-            return compress(
-                model, images, config, out, bar, resume=resume, policies=policies, workers=workers, command=noted
-            )
+            return compress(model, images, config, out, bar, **more, workers=workers, command=command)
     except DeviceFault as fault:
         if not (out / "config.json").is_file():
             raise
@@ -242,7 +230,7 @@ def _workers(options: dict[str, Any]) -> Workers | None:
 
 
 def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, ImageData]:
-    """The teacher, trained first where no file is given, and the data that it must fit."""
+    """The teacher, trained first where there is no file of it, and its data."""
     file, data = options["teacher"], options["data"]
     if file is None and data != DIGITS:
         raise BadInput(f"--data {data} needs a teacher trained on it: give --teacher FILE, made by n2n-fast teach")
@@ -251,9 +239,9 @@ def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, Im
         model = teachers.create("digits_resnet", images.classes, 1, seed=seed)
         model = _teach(model, images, options["quiet"], epochs=DIGITS_TEACHER_EPOCHS, seed=seed)
     else:
-        model = teachers.load_teacher(file, options["arch"], allow_pickle=options["allow_pickle"])
+        model = teacher_files.load_teacher(file, options["arch"], allow_pickle=options["allow_pickle"])
         images = _load(options, seed, teachers.input_channels(model))
-    teachers.check_fits(model.to(options["device"]), images)
+    teachers.check_teacher(model.to(options["device"]), images)
     return model, images
 
 
@@ -316,29 +304,29 @@ def inspect(context: click.Context, /, **options: Any) -> None:
     if options["json"]:
         click.echo(json.dumps(tables.space_summary(space), indent=2))
         return
-    told = (tables.layer_table(space), "", tables.reach(space), *(f"warning: {text}" for text in space.warnings))
-    click.echo("\n".join(told))
+    warnings = (f"warning: {text}" for text in space.warnings)
+    click.echo("\n".join([tables.layer_table(space), "", tables.reach(space), *warnings]))
 
 
 def _inspected(options: dict[str, Any]) -> tuple[nn.Module, torch.Tensor]:
     """A network to look at, and an image (1, C, H, W) as it is to see."""
     file, arch, data, size = (options[name] for name in ("teacher", "arch", "data", "image_size"))
 
-    def given(channels: int | None) -> ImageData | None:
+    def loaded(channels: int | None) -> ImageData | None:
         return None if data is None else load(data, image_size=size, channels=channels)
 
     if file is not None:
-        model = teachers.load_teacher(file, arch, allow_pickle=options["allow_pickle"])
-        images = given(teachers.input_channels(model))
+        model = teacher_files.load_teacher(file, arch, allow_pickle=options["allow_pickle"])
+        images = loaded(teachers.input_channels(model))
     elif arch is not None:
-        images = given(teachers.usual_channels(arch))
+        images = loaded(teachers.usual_channels(arch))
         classes, channels = (1000, 3) if images is None else (images.classes, images.train.channels)
         model = teachers.create(arch, classes, channels)
     else:
         raise BadInput("nothing to inspect: give --teacher FILE or --arch NAME")
     if images is None:
         return model, torch.zeros(1, teachers.input_channels(model) or 3, size or 224, size or 224)
-    teachers.check_fits(model, images)
+    teachers.check_teacher(model, images)
     return model, images.train.batch(torch.arange(1))[0]
 
 
@@ -350,13 +338,9 @@ def _inspected(options: dict[str, Any]) -> tuple[nn.Module, torch.Tensor]:
 @json_option
 def evaluate(directory: Path, data: str | None, download: bool, device: torch.device, **options: Any) -> None:
     """Measure the accuracy of a run's student on the test split of its data, preprocessed as in the run."""
-    student = load_student(directory).to(device)
-    own, preprocessing = _data_settings(directory)
-    images = load(data or own, **preprocessing, download=download, device=device)
-    split, name = (images.validation, "validation") if images.test is None else (images.test, "test")
-    found = _exported_accuracy(student, images, split)
-    content = {"data": images.name, "split": name, "images": len(split), "accuracy": found}
-    _tell(options["json"], content, f"{name} accuracy {found:.2%} on {len(split)} images of {images.name}")
+    content = student_accuracy(directory, data, download, device)
+    text = "{split} accuracy {accuracy:.2%} on {images} images of {data}".format(**content)
+    _tell(options["json"], content, text)
 
 
 @cli.command("report", example="n2n-fast report runs/1")
@@ -380,44 +364,6 @@ def export_command(directory: Path, **options: Any) -> None:
 
 
 # What the commands are made of
-
-
-def _exported_accuracy(student: nn.Module, images: ImageData, split: Any) -> float:
-    """Accuracy of an exported module, which has no modes to switch; BadInput where it does not take the images."""
-    correct = 0
-    for batch, labels in split.batches(512):
-        logits = _logits(student, batch)
-        if logits.shape[1] != images.classes:
-            raise BadInput(f"the student tells {logits.shape[1]} classes apart, {images.name} has {images.classes}")
-        correct += int((logits.argmax(1) == labels).sum())
-    return correct / len(split)
-
-
-@torch.no_grad()
-def _logits(student: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    try:
-        logits = student(batch)
-    except Exception as error:  # noqa: BLE001 - a student from a file can be any program
-        raise_device_fault(error)
-        raise BadInput(f"the student does not take images of {tuple(batch.shape)} ({first_line(error)})") from None
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(batch):
-        raise BadInput("the student gives no logits; give the run of another")
-    return logits
-
-
-def _data_settings(directory: Path) -> tuple[str, dict[str, Any]]:
-    """What a run's config.json says of its data: its name, and how images are preprocessed."""
-    try:
-        settings = read_settings(directory)["data"]
-        name, found = settings["name"], {key: settings[key] for key in ("image_size", "channels", "mean", "std")}
-        sizes, numbers = (found["image_size"], found["channels"]), (*found["mean"], *found["std"])
-        if not isinstance(name, str) or not all(type(size) is int for size in sizes):
-            raise TypeError
-        if not (found["mean"] and found["std"] and all(type(n) in (int, float) and abs(n) < 1e9 for n in numbers)):
-            raise TypeError
-    except (KeyError, TypeError):
-        raise BadInput(f"{directory / 'config.json'}: not written by n2n-fast run") from None
-    return name, found
 
 
 def _load(options: dict[str, Any], seed: int, channels: int | None) -> ImageData:
