@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from n2n_fast.files.errors import BadInput, DegenerateArchitecture, DeviceFault
-from n2n_fast.networks import trials
-from n2n_fast.networks.graph import KINDS, Architecture, Layer, crop, smallest_kernel
+from n2n_fast.networks import moves
+from n2n_fast.networks.architecture import Architecture
+from n2n_fast.networks.kinds import KINDS, crop, smallest_kernel
+from n2n_fast.networks.layers import Layer
 from n2n_fast.networks.space import ArchitectureSpace
 from networks import Branching, Gate, NotUnderstood, Tail, images, ratios, settle, space_of, teacher_of, without
 
@@ -333,7 +335,7 @@ def test_rounding_is_not_hidden_state(each_time: float, taken: bool) -> None:
         ArchitectureSpace(Drifting(), images())
 
 
-@pytest.mark.parametrize(("owner", "name"), [(fx.Tracer, "trace"), (NotUnderstood, "__call__"), (trials, "moved")])
+@pytest.mark.parametrize(("owner", "name"), [(fx.Tracer, "trace"), (NotUnderstood, "__call__"), (moves, "moved")])
 def test_a_lack_of_memory_is_not_taken_for_a_teacher_that_is_not_understood(
     owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
