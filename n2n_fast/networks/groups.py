@@ -41,24 +41,16 @@ class ChannelGroups:
         pinned, output = (
             np.isin(used, root[np.concatenate([np.arange(0), *rows])]) for rows in (labels.pins, labels.outputs)
         )
-        self.group_of = self._groups(pinned)
+        # units that are equally pinned, and occur equally often on every axis, are one group; groups in order of units
+        counts = np.stack([pinned, *(np.bincount(axis, minlength=len(used)) for axis in self.axes)])
+        _, first, group = np.unique(counts, axis=1, return_index=True, return_inverse=True)
+        self.group_of = np.argsort(np.argsort(first))[group.ravel()]
+        self.occurrences = counts[1:, np.sort(first)]
         self.sizes = np.bincount(self.group_of)
         self.pinned, self.output = (np.bincount(self.group_of, weights=unit) > 0 for unit in (pinned, output))
         self.units = [np.flatnonzero(self.group_of == g) for g in range(len(self.sizes))]
-        self.occurrences = np.stack([np.bincount(self.group_of[axis], minlength=len(self.sizes)) for axis in self.axes])
-        self.occurrences //= self.sizes
         weighted = [i for i, m in enumerate(self.modules) if isinstance(m, WEIGHTED) and self.out_axis[i] >= 0]
-        self.writers = [[i for i in weighted if self.occurrences[self.out_axis[i], g]] for g in range(len(self.sizes))]
-
-    def _groups(self, pinned: np.ndarray) -> np.ndarray:
-        """Partition refinement: units with equal counts on every axis, and equally pinned, are one group."""
-        group = pinned.astype(int)
-        for axis in self.axes:
-            units, counts = np.unique(axis, return_counts=True)
-            _, part = np.unique(group[units] * (counts.max() + 1) + counts, return_inverse=True)
-            group[units] = group.max(initial=0) + 1 + part
-        _, first, part = np.unique(group, return_index=True, return_inverse=True)
-        return np.argsort(np.argsort(first))[part]
+        self.writers = [[i for i in weighted if n[self.out_axis[i]]] for n in self.occurrences.T]
 
     def along(self, axis: int) -> list[int]:
         """The groups along an axis, without repetition of neighbours; none for -1."""
@@ -75,20 +67,12 @@ class ChannelGroups:
         relations = []
         for g, h in zip(*sides, strict=True):
             m, n = int(self.occurrences[self.in_axis[i], g]), int(self.occurrences[self.out_axis[i], h])
-            if (g == h and m != n) or not self._can_meet(g, m, h, n):
+            # widths are steps times n and m without common factors, for as many steps as both groups have units
+            per_step = {g: n // math.gcd(m, n), h: m // math.gcd(m, n)}
+            steps = min(self.sizes[group] // width for group, width in per_step.items())
+            whole = all(steps * width == self.sizes[group] for group, width in per_step.items() if self.pinned[group])
+            if (g == h and m != n) or steps < 1 or not whole:
                 return None
             if g != h:
                 relations.append((g, m, h, n))
         return relations
-
-    def _can_meet(self, g: int, m: int, h: int, n: int) -> bool:
-        """Whether there are widths so that m·width[g] = n·width[h], the full width where a group is pinned."""
-        common = math.gcd(m, n)
-        if self.sizes[g] < n // common or self.sizes[h] < m // common:
-            return False
-        for one, other, times, by in ((g, h, m, n), (h, g, n, m)):
-            width, rest = divmod(times * self.sizes[one], by)
-            wrong = width < self.sizes[other] if self.pinned[other] else False
-            if self.pinned[one] and (rest or width > self.sizes[other] or wrong):
-                return False
-        return True

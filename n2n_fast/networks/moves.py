@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from n2n_fast.files.errors import raise_device_fault
 from n2n_fast.networks.channels import ChannelLabels, Channels, NotUnderstood
 
-VIEWS = (torch.reshape, "view", "reshape")
+VIEWS = ("view", "reshape")
 MAX_PIECES = 16  # of which a slice is put together
 TRIALS = 8  # of whether channels depend on each other
 
@@ -145,7 +145,7 @@ def _after_move(labels: ChannelLabels, node: fx.Node, source: fx.Node, origin: n
         labels.tie(*value.labels[grid])
     for m in members:
         labels.tie(value.labels[m[:-1]], value.labels[m[1:]])
-    if node.target in VIEWS and labels.shapes[node][0] == labels.shapes[source][0]:
+    if labels.name(node) in VIEWS and labels.shapes[node][0] == labels.shapes[source][0]:
         _free_size(node, dim)
     return Channels(dim, value.labels[[m[0] for m in members]])
 
@@ -216,7 +216,7 @@ def _become(node: fx.Node, function: Callable[..., Any], *args: Any) -> None:
 def _flattens(labels: ChannelLabels, node: fx.Node, source: fx.Node, value: Channels) -> bool:
     """Whether a node is what flatten(1) would be."""
     before, after = labels.shapes[source], labels.shapes[node]
-    named = node.op == "call_module" or node.target in (*VIEWS, torch.flatten, "flatten")
+    named = node.op == "call_module" or labels.name(node) in (*VIEWS, "flatten")
     return named and value.dim == 1 and after == (before[0], math.prod(before[1:]))
 
 

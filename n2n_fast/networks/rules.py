@@ -1,12 +1,9 @@
 """What the nodes of a traced graph do to channel labels: one rule for each kind of module and function."""
 
-import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from n2n_fast.networks.channels import ChannelLabels, Channels, NotUnderstood
@@ -14,22 +11,18 @@ from n2n_fast.networks.kinds import ACTIVATIONS, CONVS, NORMS, POOLS, TRANSPOSED
 from n2n_fast.networks.moves import channels_after
 from n2n_fast.networks.tracing import ChannelScale, is_dropout
 
-# What is known without a trial
+# What is known without a trial, as functions, operators or methods
 POINTWISE = {
-    *(F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.softsign),
-    *(F.hardswish, F.hardsigmoid, F.hardtanh, F.sigmoid, F.tanh, F.dropout, F.dropout2d, F.alpha_dropout),
-    *(torch.relu, torch.sigmoid, torch.tanh, torch.clamp, torch.abs, torch.exp, torch.sqrt, torch.square, torch.neg),
-    *(operator.neg, operator.pos, abs),
-    *("relu", "sigmoid", "tanh", "clamp", "abs", "exp", "sqrt", "square", "neg", "contiguous", "clone", "detach"),
+    *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "softsign", "tanh"),
+    *("hardswish", "hardsigmoid", "hardtanh", "sigmoid", "dropout", "dropout2d", "alpha_dropout"),
+    *("clamp", "abs", "exp", "sqrt", "square", "neg", "pos", "contiguous", "clone", "detach"),
     *("to", "float", "half", "double", "bfloat16", "type", "cpu", "cuda"),
 }
 ELEMENTWISE = {
-    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow),
-    *(torch.add, torch.sub, torch.mul, torch.div, torch.maximum, torch.minimum, torch.pow),
-    *(torch.max, torch.min, torch.where, torch.lerp, operator.gt, operator.lt, operator.ge, operator.le),
-    *("add", "sub", "mul", "div", "pow", "maximum", "minimum", "expand_as"),
+    *("add", "sub", "mul", "div", "truediv", "pow", "maximum", "minimum", "max", "min", "where", "lerp"),
+    *("gt", "lt", "ge", "le", "expand_as"),
 }
-CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+CONCATENATIONS = ("cat", "concat", "concatenate")
 
 
 def follow_channels(
@@ -142,15 +135,13 @@ def _function(labels: ChannelLabels, node: fx.Node, *, pinned: bool) -> Channels
     if pinned:
         labels.pins += [value.labels for value in _sized_by(labels, node)]
         raise NotUnderstood(f"{labels.name(node)} has sizes of its own")
-    if node.target in POINTWISE and len(node.all_input_nodes) == 1:
+    name, rank = labels.name(node), max(len(labels.shapes.get(n, ())) for n in node.all_input_nodes)
+    if name in POINTWISE and len(node.all_input_nodes) == 1:
         return read[0]
-    if node.target in CONCATENATIONS:
-        return _concatenate(labels, node)
-    rank = max(len(labels.shapes.get(n, ())) for n in node.all_input_nodes)
-    if node.target in ELEMENTWISE and len(labels.shapes.get(node, ())) == rank:
+    if name in CONCATENATIONS or name == "stack":
+        return _joined(labels, node, stack=name == "stack")
+    if name in ELEMENTWISE and len(labels.shapes.get(node, ())) == rank:
         return _elementwise(labels, node)
-    if node.target is torch.stack:
-        return _stack(labels, node)
     if node not in labels.shapes:  # several tensors: each is tried by itself
         return read[0]
     return channels_after(labels, node)
@@ -187,30 +178,20 @@ def _elementwise(labels: ChannelLabels, node: fx.Node) -> Channels:
     return Channels(dim, row)
 
 
-def _listed(labels: ChannelLabels, node: fx.Node) -> tuple[Sequence[fx.Node], int, list[Channels]]:
-    """The tensors that a node puts together, along which dimension, and the channels of those that have any."""
+def _joined(labels: ChannelLabels, node: fx.Node, *, stack: bool) -> Channels:
+    """Concatenations and stacks. Along another dimension than the channels', channels at the same place are tied."""
     tensors: Any = node.args[0] if node.args and isinstance(node.args[0], Sequence) else ()
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    values = [value for n in tensors if (value := labels.values[n]) is not None]
-    if not isinstance(dim, int) or not values or any(value.dim != values[0].dim for value in values):
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    values = [labels.values[n] for n in tensors]
+    known = [value for value in values if value is not None]
+    if not isinstance(dim, int) or not known or any(value.dim != known[0].dim for value in known):
         raise NotUnderstood
-    return tensors, dim % len(labels.shapes[node]), values
-
-
-def _concatenate(labels: ChannelLabels, node: fx.Node) -> Channels:
-    tensors, dim, values = _listed(labels, node)
-    if dim == values[0].dim:  # what has no labels is of fixed width
-        rows = [value.labels if (value := labels.values[n]) else labels.pinned(labels.shapes[n][dim]) for n in tensors]
+    dim, along = dim % len(labels.shapes[node]), known[0].dim
+    if dim == along and not stack:  # what has no labels is of fixed width
+        widths = [labels.shapes[n][dim] for n in tensors]
+        rows = [v.labels if v else labels.pinned(width) for v, width in zip(values, widths, strict=True)]
         return Channels(dim, np.concatenate(rows))
-    if len(values) < len(tensors):
+    if len(known) < len(tensors):
         labels.pin(node, f"{labels.name(node)} meets a tensor of fixed width")
-    labels.tie(*(value.labels for value in values))
-    return values[0]
-
-
-def _stack(labels: ChannelLabels, node: fx.Node) -> Channels:
-    tensors, dim, values = _listed(labels, node)
-    if len(values) < len(tensors):
-        raise NotUnderstood
-    labels.tie(*(value.labels for value in values))
-    return Channels(values[0].dim + (dim <= values[0].dim), values[0].labels)
+    labels.tie(*(value.labels for value in known))
+    return Channels(along + (stack and dim <= along), known[0].labels)
