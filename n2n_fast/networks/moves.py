@@ -27,15 +27,14 @@ def channels_after(labels: ChannelLabels, node: fx.Node) -> Channels | None:
     source, function = _operation(labels, node)
     value, shape = labels.values[source], labels.shapes[source]
     assert value is not None
-    if _flattens(labels, node, source, value):
-        return _flatten(node, source, value, math.prod(shape[2:]))
+    if (flat := _flattened(labels, node, source, value)) is not None:
+        return flat
     try:
         with torch.no_grad():
             result = None
             if value.repeat == 1:
-                origin = moved(function, shape, value.dim)
-                if origin is not None:
-                    result = _after_move(labels, node, source, origin)
+                if (origin := moved(function, shape, value.dim)) is not None:
+                    result = _after_move(labels, node, source, value, origin)
                 elif (dim := separate(function, shape, value.dim)) is not None:
                     result = Channels(dim, value.labels)
             if result is not None or reduces(function, shape, value.dim):
@@ -120,13 +119,13 @@ def reduces(function: Callable[[Tensor], Any], shape: Sequence[int], dim: int) -
 # What a move leaves of the channel axis
 
 
-def _after_move(labels: ChannelLabels, node: fx.Node, source: fx.Node, origin: np.ndarray) -> Channels | None:
+def _after_move(
+    labels: ChannelLabels, node: fx.Node, source: fx.Node, value: Channels, origin: np.ndarray
+) -> Channels | None:
     """Channels after a move that can be made at every width, None for others.
 
     origin: for each number of the result the position of the channel it comes from, -1 for a filler.
     """
-    value = labels.values[source]
-    assert value is not None
     width, dim = len(value.labels), _dimension(labels, node, value, origin)
     if dim is None:
         return None
@@ -134,7 +133,7 @@ def _after_move(labels: ChannelLabels, node: fx.Node, source: fx.Node, origin: n
     members = [np.unique(row[row >= 0]) for row in rows]  # channels at each place of the result's axis
     joined = np.concatenate(members)
     if 0 < len(joined) < width and (np.diff(joined) == 1).all():
-        return _slice(labels, node, source, int(joined[0]), len(joined))
+        return _slice(labels, node, source, value, range(int(joined[0]), int(joined[-1]) + 1))
     columns = int(joined[1]) if len(joined) == width > 1 and joined[1] > 0 and width % joined[1] == 0 else 1
     grid = np.arange(width).reshape(-1, columns)
     shuffled = np.array_equal(joined, grid.T.flatten())
@@ -178,15 +177,12 @@ def _second_size(labels: ChannelLabels, user: fx.Node, node: fx.Node, x: Tensor)
         return None
 
 
-def _slice(labels: ChannelLabels, node: fx.Node, source: fx.Node, start: int, size: int) -> Channels | None:
+def _slice(labels: ChannelLabels, node: fx.Node, source: fx.Node, value: Channels, kept: range) -> Channels | None:
     """Some channels in a row: pieces of a chunk, so that they remain the same share of a narrower tensor."""
-    value = labels.values[source]
-    assert value is not None
-    dim, width = value.dim, len(value.labels)
-    step = math.gcd(start, size, width)
-    sliced = list(labels.shapes[source])
-    sliced[dim] = size
-    if size // step > MAX_PIECES or tuple(sliced) != labels.shapes[node]:
+    dim, step = value.dim, math.gcd(kept.start, kept.stop, len(value.labels))
+    pieces, sliced = range(kept.start // step, kept.stop // step), list(labels.shapes[source])
+    sliced[dim] = len(kept)
+    if len(pieces) > MAX_PIECES or tuple(sliced) != labels.shapes[node]:
         return None
     sliced[dim] = step
     rows = value.labels.reshape(-1, step)
@@ -198,7 +194,6 @@ def _slice(labels: ChannelLabels, node: fx.Node, source: fx.Node, start: int, si
         if chunk is None:
             chunk = graph.call_function(torch.chunk, chunking)
             labels.values[chunk] = value
-        pieces = range(start // step, (start + size) // step)
         if len(pieces) > 1:
             taken = [graph.call_function(operator.getitem, (chunk, i)) for i in pieces]
             for i, piece in zip(pieces, taken, strict=True):
@@ -206,38 +201,35 @@ def _slice(labels: ChannelLabels, node: fx.Node, source: fx.Node, start: int, si
             _become(node, torch.cat, taken, dim)
         else:
             _become(node, operator.getitem, chunk, pieces[0])
-    return Channels(dim, value.labels[start : start + size])
+    return Channels(dim, value.labels[kept])
 
 
 def _become(node: fx.Node, function: Callable[..., Any], *args: Any) -> None:
     node.op, node.target, node.args, node.kwargs = "call_function", function, args, {}
 
 
-def _flattens(labels: ChannelLabels, node: fx.Node, source: fx.Node, value: Channels) -> bool:
-    """Whether a node is what flatten(1) would be."""
+def _flattened(labels: ChannelLabels, node: fx.Node, source: fx.Node, value: Channels) -> Channels | None:
+    """After what is flatten(1), each channel stands at all of its positions in a row; None for others."""
     before, after = labels.shapes[source], labels.shapes[node]
-    named = node.op == "call_module" or labels.name(node) in (*VIEWS, "flatten")
-    return named and value.dim == 1 and after == (before[0], math.prod(before[1:]))
-
-
-def _flatten(node: fx.Node, source: fx.Node, value: Channels, positions: int) -> Channels:
-    """Each channel then stands at all of its positions in a row."""
+    known = node.op == "call_module" or labels.name(node) in (*VIEWS, "flatten")
+    if not known or value.dim != 1 or after != (before[0], math.prod(before[1:])):
+        return None
     if node.op != "call_module":  # sizes written as numbers would not fit a narrower student
         _become(node, torch.flatten, source, 1)
+    positions = math.prod(before[2:])
     return Channels(1, np.repeat(value.labels, positions), value.repeat * positions)
 
 
 def _free_size(node: fx.Node, dim: int) -> None:
     """Let a view's size along `dim` follow from the others, if that can be written."""
-    spread = not (len(node.args) == 2 and isinstance(node.args[1], Sequence))
-    sizes: list[Any] = list(node.args[1:] if spread else node.args[1])  # type: ignore[arg-type]
+    source: Any = node.args[0]
+    given: Any = node.args[1:]
+    sizes = list(given[0] if given and isinstance(given[0], Sequence) else given)
     if dim >= len(sizes) or sizes[dim] == -1:
         return
     if sizes[0] == -1:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
         with node.graph.inserting_before(node):
             sizes[0] = node.graph.call_method("size", (source, 0))
     if -1 not in sizes:
         sizes[dim] = -1
-        node.args = (node.args[0], *sizes) if spread else (node.args[0], sizes)
+        _become(node, torch.reshape, source, sizes)

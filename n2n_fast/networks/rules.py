@@ -14,7 +14,7 @@ from n2n_fast.networks.tracing import ChannelScale, is_dropout
 # What is known without a trial, as functions, operators or methods
 POINTWISE = {
     *("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "softsign", "tanh"),
-    *("hardswish", "hardsigmoid", "hardtanh", "sigmoid", "dropout", "dropout2d", "alpha_dropout"),
+    *("hardswish", "hardsigmoid", "hardtanh", "sigmoid", "alpha_dropout"),
     *("clamp", "abs", "exp", "sqrt", "square", "neg", "pos", "contiguous", "clone", "detach"),
     *("to", "float", "half", "double", "bfloat16", "type", "cpu", "cuda"),
 }
