@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from n2n_fast.networks.tracing import ChannelScale, is_dropout
+from n2n_fast.networks.rewriting import ChannelScale, is_dropout
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

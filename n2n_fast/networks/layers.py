@@ -7,19 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx, nn
 
+from n2n_fast.networks import kinds
 from n2n_fast.networks.channels import ChannelLabels, LayerChannels
 from n2n_fast.networks.groups import ChannelGroups
-from n2n_fast.networks.kinds import (
-    ADAPTIVE_POOLS,
-    TRANSPOSED,
-    WEIGHTED,
-    kernel_size,
-    kind_of,
-    padding,
-    smallest_kernel,
-    stride,
-)
-from n2n_fast.networks.tracing import is_dropout
+from n2n_fast.networks.kinds import ADAPTIVE_POOLS, TRANSPOSED, WEIGHTED, kind_of, smallest_kernel
+from n2n_fast.networks.rewriting import is_dropout
 
 
 @dataclass(frozen=True)
@@ -62,14 +54,14 @@ def layers_of(groups: ChannelGroups, labels: ChannelLabels) -> tuple[Layer, ...]
         layer = Layer(
             name=groups.names[i],
             kind=kind_of(module, channels.opaque),
-            kernel_size=kernel_size(module),
-            stride=stride(module),
-            padding=padding(module),
+            kernel_size=kinds.kernel_size(module),
+            stride=kinds.stride(module),
+            padding=kinds.padding(module),
             out_channels=_width(labels, channels),
             skip_start=skips[i][0],
             skip_end=skips[i][1],
             removable=not note,
-            shrinkable=i in deciders or smallest_kernel(module) != kernel_size(module),
+            shrinkable=i in deciders or smallest_kernel(module) != kinds.kernel_size(module),
             note=note,
             width_note="" if i in deciders else _why_decided(groups, i, channels),
             fit_note=_why_sliced(groups, i, channels),
@@ -93,7 +85,7 @@ def _why_fixed(groups: ChannelGroups, labels: ChannelLabels, i: int, channels: L
         return "not understood" if channels.opaque else "reshapes"
     if is_dropout(module):
         return "removing it changes nothing"
-    if any(s > 1 for s in stride(module)) or isinstance(module, ADAPTIVE_POOLS):
+    if any(s > 1 for s in kinds.stride(module)) or isinstance(module, ADAPTIVE_POOLS):
         return "changes the resolution"
     for node in channels.calls:
         before, after = (list(labels.shapes[n]) for n in (node.all_input_nodes[0], node))

@@ -9,7 +9,7 @@ from torch import fx, nn
 from n2n_fast.networks.channels import ChannelLabels, Channels, NotUnderstood
 from n2n_fast.networks.kinds import ACTIVATIONS, CONVS, NORMS, POOLS, TRANSPOSED
 from n2n_fast.networks.moves import channels_after
-from n2n_fast.networks.tracing import ChannelScale, is_dropout
+from n2n_fast.networks.rewriting import ChannelScale, is_dropout
 
 # What is known without a trial, as functions, operators or methods
 POINTWISE = {
