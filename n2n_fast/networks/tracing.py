@@ -1,57 +1,22 @@
-"""A teacher as an fx graph: traced once, without in-place operators, its tensors' shapes known."""
+"""A teacher as an fx graph: traced once, its tensors' shapes known."""
 
 import contextlib
 import operator
-from collections import Counter, OrderedDict
+import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from n2n_fast.files.errors import BadInput, first_line, raise_device_fault
+from n2n_fast.networks.rewriting import ChannelScale, rewrite
 
-STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth"  # known by name: importing torchvision takes as long as torch
 ROUNDING = 1e-3  # of the largest logit: what TF32 makes of the same operations, once they are ordered otherwise
-OUT_OF_PLACE: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    torch.relu_: torch.relu,
-    F.relu_: F.relu,
-}
-
-
-class ChannelScale(nn.Module):
-    """x times a number for each channel: what a teacher writes as a parameter multiplied with a tensor."""
-
-    def __init__(self, scale: Tensor) -> None:
-        """scale: the teacher's, of which all dimensions but one are 1."""
-        super().__init__()
-        self.weight = nn.Parameter(scale.detach().reshape(-1), scale.requires_grad)
-        self.view = tuple(-1 if size == scale.numel() else 1 for size in scale.shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (N, ...), with the channels where the scale has them."""
-        return x * self.weight.view(self.view)
-
-
-def is_dropout(module: nn.Module) -> bool:
-    """Whether a module drops out in training and does nothing in evaluation."""
-    named = any(kind.__module__ == STOCHASTIC_DEPTH for kind in type(module).__mro__)
-    return named or isinstance(module, nn.modules.dropout._DropoutNd)
-
-
-class ChannelShift(ChannelScale):
-    """x plus a number for each channel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (N, ...), with the channels where the shift has them."""
-        return x + self.weight.view(self.view)
 
 
 class _Proxy(fx.Proxy):
@@ -93,8 +58,8 @@ class _Tracer(fx.Tracer):
 
 
 def trace(teacher: nn.Module, example: Tensor, leaf: Iterable[str] = ()) -> fx.GraphModule:
-    """The teacher as an fx graph without in-place operators, identities or sizes frozen into views, its code not yet
-    compiled anew; of several outputs it gives the logits.
+    """The teacher as an fx graph without in-place operators and identities, its code not yet compiled anew; of several
+    outputs it gives the logits.
 
     Shares the teacher's tensors, not its modules, and leaves it untouched, but for lazy modules: these are initialised
     by the example. Raises BadInput where fx cannot follow.
@@ -110,25 +75,16 @@ def trace(teacher: nn.Module, example: Tensor, leaf: Iterable[str] = ()) -> fx.G
             graph = tracer.trace(teacher)
     except Exception as error:  # noqa: BLE001 - the user's own forward may raise anything
         raise_device_fault(error)
-        where = tracer.inside[-1] if tracer.inside else ""
-        advice = (
-            f"name {where!r} as `leaf`" if where else "put what branches on data in a submodule, and name it as `leaf`"
-        )
-        raise BadInput(
-            f"the teacher's forward cannot be traced{f' in {where!r}' if where else ''} "
-            f"({first_line(error)}, {_origin(error)}); {advice}"
-        ) from None
+        where, advice = "", "put what branches on data in a submodule, and name it as `leaf`"
+        if tracer.inside:
+            where, advice = f" in {tracer.inside[-1]!r}", f"name {tracer.inside[-1]!r} as `leaf`"
+        reason = f"{first_line(error)}, {_origin(error)}"
+        raise BadInput(f"the teacher's forward cannot be traced{where} ({reason}); {advice}") from None
     traced = fx.GraphModule(teacher, graph)
+    output = traced.graph.output_node()
+    output.args = (logits_of(output.args[0]),)
     with torch.no_grad(), evaluating(teacher):
-        for name in {str(node.target) for node in graph.nodes if node.op == "call_module"}:
-            set_submodule(traced, name, _plain(traced.get_submodule(name)))
-    _give_logits(traced)
-    _rewrite_in_place(traced)
-    _make_dropouts_modules(traced)
-    _make_scales_modules(traced)
-    _erase_identities(traced)
-    traced.graph.eliminate_dead_code()
-    traced.delete_all_unused_submodules()
+        rewrite(traced)
     return traced.eval()
 
 
@@ -144,28 +100,6 @@ def unused(traced: fx.GraphModule, teacher: nn.Module) -> list[str]:
     return idle
 
 
-def _plain(module: nn.Module) -> nn.Module:
-    """A shallow copy in which what is computed from other tensors (weight norm, pruning masks) is a parameter."""
-    copied = shallow_copy(module)
-    computed = []
-    for hook in module._forward_pre_hooks.values():
-        name = getattr(hook, "name", getattr(hook, "_tensor_name", None))
-        if f"{name}_orig" in module._parameters or f"{name}_g" in module._parameters:
-            hook(module, ())  # in evaluation mode it computes, and changes nothing
-            computed.append(str(name))
-    if parametrize.is_parametrized(module):
-        copied.__class__ = parametrize.type_before_parametrizations(module)
-        computed += list(module.parametrizations)  # type: ignore[arg-type]
-        del copied._modules["parametrizations"]
-    for name in computed:
-        for tensors in (copied._parameters, copied._buffers):
-            for part in [part for part in tensors if part.startswith(f"{name}_")]:
-                del tensors[part]
-        copied.__dict__.pop(name, None)
-        copied._parameters[name] = nn.Parameter(getattr(module, name).detach())
-    return copied
-
-
 def logits_of(output: Any) -> Any:
     """The logits among what a forward gives: the first of several, or the one called so."""
     while not isinstance(output, (Tensor, fx.Node)):
@@ -179,125 +113,10 @@ def logits_of(output: Any) -> Any:
     return output
 
 
-def _give_logits(traced: fx.GraphModule) -> None:
-    (output,) = (node for node in traced.graph.nodes if node.op == "output")
-    output.args = (logits_of(output.args[0]),)
-
-
 def _origin(error: Exception) -> str:
     """File name and line of the innermost frame outside torch that led to the error."""
-    place, step = "unknown line", error.__traceback__
-    while step is not None:
-        path = step.tb_frame.f_code.co_filename
-        if "/torch/" not in path and "/n2n_fast/" not in path:
-            place = f"{path.rsplit('/', 1)[-1]}:{step.tb_lineno}"
-        step = step.tb_next
-    return place
-
-
-def _rewrite_in_place(traced: fx.GraphModule) -> None:
-    """Make every in-place operator out of place; what read the changed tensor afterwards reads the new one."""
-    modules = {name for name, module in traced.named_modules() if getattr(module, "inplace", False)}
-    order = {node: i for i, node in enumerate(traced.graph.nodes)}
-    for node in traced.graph.nodes:
-        if not _become_out_of_place(node, modules):
-            continue
-        changed = node.args[0]
-        for user in list(changed.users):
-            if order[user] > order[node]:
-                user.replace_input_with(changed, node)
-    for name in modules:
-        traced.get_submodule(name).inplace = False  # type: ignore[assignment]
-
-
-def _become_out_of_place(node: fx.Node, modules: set[str]) -> bool:
-    """Rewrite an operator or method that works in place, and tell whether this node does; modules: those that do."""
-    if node.op == "call_module":
-        return node.target in modules
-    if node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
-        node.target = str(node.target)[:-1]
-        return True
-    if node.op == "call_function" and node.target in OUT_OF_PLACE:
-        node.target = OUT_OF_PLACE[node.target]
-        return True
-    if node.op == "call_function" and node.kwargs.get("inplace"):
-        node.kwargs = {**node.kwargs, "inplace": False}
-        return True
-    return False
-
-
-def _make_dropouts_modules(traced: fx.GraphModule) -> None:
-    """Functional dropout was traced for evaluation, hence for good; as modules, students drop out in training."""
-    kinds = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
-    for node in traced.graph.nodes:
-        if node.op == "call_function" and node.target in kinds and isinstance(node.args[0], fx.Node):
-            probability = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
-            name = f"functional_{node.name}"
-            traced.add_submodule(name, kinds[node.target](probability).eval())
-            node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
-        if node.op == "call_function" and getattr(node.target, "__module__", None) == STOCHASTIC_DEPTH:
-            from torchvision.ops import StochasticDepth
-
-            given, probability, mode = (*node.args, *node.kwargs.values())[:3]
-            name = f"functional_{node.name}"
-            traced.add_submodule(name, StochasticDepth(float(probability), str(mode)).eval())
-            node.op, node.target, node.args, node.kwargs = "call_module", name, (given,), {}
-
-
-def _make_scales_modules(traced: fx.GraphModule) -> None:
-    """A parameter that scales or shifts channels (ConvNeXt's layer scale) becomes a layer, which can be cut."""
-    kinds = dict.fromkeys((operator.mul, torch.mul, "mul"), ChannelScale)
-    kinds |= dict.fromkeys((operator.add, torch.add, "add"), ChannelShift)
-    reads = Counter(str(node.target) for node in traced.graph.nodes if node.op == "get_attr")
-    for node in list(traced.graph.nodes):
-        if node.op not in ("call_function", "call_method") or node.target not in kinds or node.kwargs:
-            continue
-        scales = [n for n in node.args if isinstance(n, fx.Node) and n.op == "get_attr" and len(n.users) == 1]
-        others = [n for n in node.args if isinstance(n, fx.Node) and n.op != "get_attr"]
-        if len(node.args) != 2 or len(scales) != 1 or len(others) != 1 or reads[str(scales[0].target)] > 1:
-            continue
-        path, _, name = str(scales[0].target).rpartition(".")
-        owner = traced.get_submodule(path)
-        scale = getattr(owner, name)
-        if not isinstance(scale, nn.Parameter) or scale.numel() != max(scale.shape, default=0) or scale.numel() < 2:
-            continue
-        layer = f"{path}.{name}_of_channels".lstrip(".")
-        traced.add_submodule(layer, kinds[node.target](scale))
-        delattr(owner, name)
-        node.op, node.target, node.args, node.kwargs = "call_module", layer, (others[0],), {}
-        traced.graph.erase_node(scales[0])
-
-
-def _erase_identities(traced: fx.GraphModule) -> None:
-    for node in list(traced.graph.nodes):
-        if node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), nn.Identity):
-            node.replace_all_uses_with(node.args[0])
-            traced.graph.erase_node(node)
-
-
-def bare_copy(module: nn.Module) -> nn.Module:
-    """A module in eval mode that shares the tensors and children of `module`, but no hooks, and has dictionaries of its
-    own for all three.
-    """
-    copied: nn.Module = module.__class__.__new__(module.__class__)
-    attributes = copied.__dict__
-    attributes.update(module.__dict__, training=False)
-    for name in ("_parameters", "_buffers", "_modules"):
-        attributes[name] = attributes[name].copy()
-    for name in _HOOKS:
-        attributes[name] = OrderedDict()
-    return copied
-
-
-_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, dict))
-
-
-def shallow_copy(module: nn.Module) -> nn.Module:
-    """A bare copy whose children are shallow copies too: only tensors are shared."""
-    copied = bare_copy(module)
-    for name, child in module._modules.items():
-        copied._modules[name] = None if child is None else shallow_copy(child)
-    return copied
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not re.search("/torch/|/n2n_fast/", f.filename)]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown line"
 
 
 @contextlib.contextmanager
@@ -310,12 +129,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` where `path` leads in `root`."""
-    parent, _, name = path.rpartition(".")
-    root.get_submodule(parent)._modules[name] = module
 
 
 class _Values(fx.Interpreter):
@@ -367,6 +180,5 @@ def _alike(expected: Tensor, got: Any) -> bool:
     if not isinstance(got, Tensor) or got.shape != expected.shape:
         return False
     eps = torch.finfo(expected.dtype).eps if expected.is_floating_point() else 0.0
-    expected, got = expected.float(), got.float()
-    allowed = max(ROUNDING, 4 * eps) * expected.abs().amax() if expected.numel() else 0.0
-    return bool(((expected - got).abs() <= allowed).all())
+    allowed = max(ROUNDING, 4 * eps) * float(expected.float().abs().max()) if expected.numel() else 0.0
+    return torch.allclose(got.float(), expected.float(), rtol=0, atol=allowed)
