@@ -12,8 +12,9 @@ import networks
 from counting import counted
 from n2n_fast.files.errors import BadInput
 from n2n_fast.networks import fitting
-from n2n_fast.networks.fitting import full_precision, pivoted_order
+from n2n_fast.networks.fitting import full_precision
 from n2n_fast.networks.graph import TracedTeacher
+from n2n_fast.networks.importance import pivoted_order
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.networks.student import slots_of
 from n2n_fast.training.distill import recalibrate, seeded
@@ -190,7 +191,9 @@ def test_samples_are_bounded_by_the_widths_not_by_the_images(monkeypatch):
     monkeypatch.setattr(fitting, "MIN_SAMPLES", 50)
     monkeypatch.setattr(fitting, "SAMPLES_PER_CHANNEL", 2)
     space = ArchitectureSpace(chain(6, 0), images(2), images(40))
-    rows = {name: len(space._calibration.targets[i].samples) for name, i in space._calibration.fitted.items()}
+    rows = {
+        name: len(space._fitter.calibration.targets[i].samples) for name, i in space._fitter.calibration.fitted.items()
+    }
     assert rows == {"0": 80, "3": 80, "6": 80}  # two of 64, 64 and 16 positions of each image
 
 
@@ -218,11 +221,11 @@ def test_fitting_needs_images():
         space.build(space.teacher, "fitted")
 
 
-def test_saliency_by_weights_or_by_activations():
+def test_importance_by_weights_or_by_activations():
     teacher = networks.make("cifar_resnet")
     pixels = networks.images(count=64)
     sliced = ArchitectureSpace(teacher, pixels[:2])
-    spaces = {name: ArchitectureSpace(teacher, pixels[:2], pixels, saliency=name) for name in ("l1", "activations")}
+    spaces = {name: ArchitectureSpace(teacher, pixels[:2], pixels, importance=name) for name in ("l1", "activations")}
     arch = sliced.shrink(sliced.teacher, [0.5] * len(sliced.layers))
     students = {name: space.build(arch, "sliced").state_dict() for name, space in spaces.items()}
     expected = sliced.build(arch).state_dict()
@@ -235,12 +238,12 @@ def test_saliency_by_weights_or_by_activations():
     assert float((one - wanted).norm()) < float((other - wanted).norm())
 
 
-def test_saliency_that_cannot_be():
+def test_importance_that_cannot_be():
     pixels = images()
     with pytest.raises(ValueError, match="'activations' needs calibration images"):
-        ArchitectureSpace(chain(4, 0), pixels[:2], saliency="activations")
-    with pytest.raises(ValueError, match=r"saliency: expected one of activations, l1, got 'l2'"):
-        ArchitectureSpace(chain(4, 0), pixels[:2], pixels, saliency="l2")
+        ArchitectureSpace(chain(4, 0), pixels[:2], importance="activations")
+    with pytest.raises(ValueError, match=r"importance: expected one of activations, l1, got 'l2'"):
+        ArchitectureSpace(chain(4, 0), pixels[:2], pixels, importance="l2")
 
 
 def test_activations_that_are_not_finite_are_named():
