@@ -48,10 +48,13 @@ class Architectures:
             before and (bool(now) or not layer.removable)
             for before, now, layer in zip(arch.keep, keep, self.layers, strict=True)
         )
-        widths = self._met(kept, arch.widths)
-        if not all(self._possible(widths)):
+        widths = list(arch.widths)
+        for tied in self.classes.of(kept):
+            tied.set(widths, tied.number(widths))
+        groups = zip(widths, self._traced.sizes, self._traced.pinned, strict=True)
+        if not all((size if pinned else 1) <= width <= size for width, size, pinned in groups):
             raise DegenerateArchitecture("the channels on both sides of a removed layer cannot meet")
-        return self._architecture(kept, widths, arch.kernels)
+        return self._architecture(kept, tuple(widths), arch.kernels)
 
     def shrink(
         self, arch: Architecture, channels: Sequence[float], kernels: Sequence[float] | None = None
@@ -66,9 +69,7 @@ class Architectures:
         widths, sizes = list(arch.widths), list(arch.kernels)
         for tied in self.classes.of(arch.keep):
             if tied.writers:
-                number = tied.shrunk(tied.number(widths), channels[tied.writers[0]], self.round_to)
-                for g, factor in tied.factors.items():
-                    widths[g] = number * factor
+                tied.set(widths, tied.shrunk(tied.number(widths), channels[tied.writers[0]], self.round_to))
         if kernels is not None:
             self._check_ratios("kernels", kernels)
             sizes = [crop(*layer) for layer in zip(sizes, self._smallest, kernels, strict=True)]
@@ -159,29 +160,11 @@ class Architectures:
     def member(self, arch: Architecture) -> Architecture:
         """`arch` itself, if removing and shrinking can lead to it; ValueError where it is of another space."""
         self._check(arch)
-        layers = zip(arch.keep, arch.kernels, self.layers, strict=True)
-        fits = (
-            all(_may_have(layer, kernel) if kept else layer.removable for kept, kernel, layer in layers)
-            and all(self._possible(arch.widths))
-            and self._met(arch.keep, arch.widths) == arch.widths
-        )
-        if not fits or asdict(self._architecture(arch.keep, arch.widths, arch.kernels)) != asdict(arch):
+        layers = zip(self.layers, arch.keep, arch.kernels, strict=True)
+        fits = all(_can_crop(layer.kernel_size, kernel) if kept else layer.removable for layer, kept, kernel in layers)
+        if not fits or asdict(self.remove(arch, arch.keep)) != asdict(arch):
             raise ValueError(f"arch: {arch.key} is of another space")
         return arch
-
-    def _met(self, keep: tuple[bool, ...], widths: tuple[int, ...]) -> tuple[int, ...]:
-        """These widths, those of a class narrowed to be in proportion."""
-        met = list(widths)
-        for tied in self.classes.of(keep):
-            number = tied.number(widths)
-            for g, factor in tied.factors.items():
-                met[g] = number * factor
-        return tuple(met)
-
-    def _possible(self, widths: Sequence[int]) -> list[bool]:
-        """Whether each group may have this width."""
-        groups = zip(widths, self._traced.sizes, self._traced.pinned, strict=True)
-        return [bool((size if pinned else 1) <= width <= size) for width, size, pinned in groups]
 
     def _architecture(
         self, keep: tuple[bool, ...], widths: tuple[int, ...], kernels: tuple[tuple[int, ...], ...]
@@ -211,7 +194,5 @@ class Architectures:
                 raise ValueError(f"{name}[{i}]: expected a ratio in (0, 1], got {ratio}")
 
 
-def _may_have(layer: Layer, kernel: tuple[int, ...]) -> bool:
-    """Whether the layer's kernel can be cropped to this size."""
-    whole = layer.kernel_size
+def _can_crop(whole: tuple[int, ...], kernel: tuple[int, ...]) -> bool:
     return len(kernel) == len(whole) and all(n <= k and (k - n) % 2 == 0 for n, k in zip(kernel, whole, strict=True))

@@ -37,14 +37,6 @@ MAX_PASS_NUMBERS = 2**26  # the same through a student, whose layers see all ima
 
 
 @dataclass(frozen=True)
-class Moments:
-    """First and second moments of samples of one layer's input: mean (C,), covariance (C, C), both float64."""
-
-    mean: Tensor
-    covariance: Tensor
-
-
-@dataclass(frozen=True)
 class Target:
     """What one layer reads in the teacher, at the images and positions that students are fitted to.
 
@@ -63,7 +55,8 @@ class Calibration:
     each layer's input, so that memory is bounded by the widths and not by the image size. Moments are of all images.
     fitted: the layers whose weights can be fitted: convolutions of one group and linear layers that are called once.
     grouped: convolutions of several groups, of which the student's own activations fit each by itself. Others are
-    sliced. moments: of fitted layers; targets: of fitted and grouped ones.
+    sliced. targets: of all these. covariances, seconds: of the inputs of fitted layers, (C, C) float64; second moments
+    are about the mean where the layer's bias or norm takes up a constant.
     """
 
     def __init__(self, traced: TracedTeacher, images: Tensor) -> None:
@@ -77,12 +70,15 @@ class Calibration:
         self._places: dict[int, Tensor] = {}
         with full_precision():
             samples = self._run_teacher()
-            self.moments = {i: _moments(samples[i]) for i in self.fitted.values()}
-        for i, moments in self.moments.items():
-            if not moments.covariance.isfinite().all():
-                raise BadInput(
-                    f"the input of the teacher's layer {traced.names[i]} is not finite on calibration images"
-                )
+            self.covariances = {i: _covariance(samples[i]) for i in self.fitted.values()}
+        self.seconds = dict(self.covariances)
+        for i, covariance in self.covariances.items():
+            if not covariance.isfinite().all():
+                name = traced.names[i]
+                raise BadInput(f"the input of the teacher's layer {name} is not finite on calibration images")
+            if not has_intercept(traced, i, [True] * len(traced.names)):
+                mean = samples[i].mean(0).double()
+                self.seconds[i] = covariance + torch.outer(mean, mean)
         self.targets = {i: self._target(i, of_layer) for i, of_layer in samples.items()}
 
     def _batch_size(self, numbers: int) -> int:
@@ -183,22 +179,21 @@ class WeightFitter:
         if not bool(fitting.finite):
             raise DegenerateArchitecture("its activations are not finite")
 
-    def has_intercept(self, i: int, keep: Sequence[bool]) -> bool:
-        """Whether a constant that layer i adds is taken up, by its bias or by the norm that follows."""
-        norm = self.traced.norm_after[i]
-        return getattr(self.traced.modules[i], "bias", None) is not None or (norm is not None and keep[norm])
-
-    def bridge(self, i: int, kept: np.ndarray, channels: Tensor) -> tuple[Tensor, bool]:
+    def bridge(self, i: int, kept: tuple[np.ndarray, Tensor] | None) -> tuple[Tensor, bool]:
         """A for layer i, (C, C') float64, where y is the teacher's own input restricted to the channels kept.
 
-        kept, channels: the same channels, (C',), on the host and on the device. Second, whether A may be exact.
+        kept: these on the layer's axis, on the host and on the device; None: all. Second, whether A may be exact.
         """
-        count, factor = len(kept), self._factors[i]
-        if np.array_equal(np.sort(factor.order[:count]), kept):
+        factor, repeat = self._factors[i], self.traced.repeats[i]
+        if kept is None:
+            return torch.eye(len(factor.rows), dtype=torch.float64, device=factor.rows.device), True
+        channels, on_device = (index[::repeat] // repeat for index in kept)
+        count = len(channels)
+        if np.array_equal(np.sort(factor.order[:count]), channels):
             bridge = factor.rows[:, :count] @ factor.inverse[:count, :count]
             return bridge[:, factor.order_on_device[:count].argsort()].double(), bool(factor.left[count] < NEARLY)
-        cross = self._second(i)[:, channels]  # a removal united groups, which are ordered by both
-        return _solve(cross[channels], cross, factor.epsilon), True
+        cross = self.calibration.seconds[i][:, on_device]  # a removal united groups, which are ordered by both
+        return _solve(cross[on_device], cross, factor.epsilon), True
 
     def weights(self, arch: Architecture, kept: Sequence[np.ndarray | None]) -> dict[int, Tensor]:
         """Teacher weights of the fitted layers that are kept, by input channel, (C, O', kh', kw')."""
@@ -227,10 +222,10 @@ class WeightFitter:
         axis = self.traced.axes[self.traced.in_axis[i]][:: self.traced.repeats[i]]
         order = np.argsort(-self.importance[axis], kind="stable")
         on_device = torch.from_numpy(order).to(self.calibration.images.device)
-        second = self._second(i)[on_device][:, on_device]
+        second = self.calibration.seconds[i][on_device][:, on_device]
         epsilon = _share(second, RIDGE)
         while True:
-            lower, failed = torch.linalg.cholesky_ex(_plus(second, epsilon))
+            lower, failed = torch.linalg.cholesky_ex(second + epsilon.expand(len(second)).diag())
             if not failed:
                 break
             epsilon = 10 * epsilon  # the moments' rounding makes them less than singular
@@ -240,12 +235,11 @@ class WeightFitter:
         dtype = self.calibration.targets[i].samples.dtype
         return Factor(order, on_device, lower[on_device.argsort()].to(dtype), inverse.to(dtype), epsilon, left)
 
-    def _second(self, i: int) -> Tensor:
-        """Second moments of layer i's input in the teacher, (C, C), about the mean where that is taken up."""
-        moments = self.calibration.moments[i]
-        if self.has_intercept(i, [True] * len(self.traced.names)):
-            return moments.covariance
-        return moments.covariance + torch.outer(moments.mean, moments.mean)
+
+def has_intercept(traced: TracedTeacher, i: int, keep: Sequence[bool]) -> bool:
+    """Whether a constant in the input of layer i is taken up, by its bias or by the norm that follows."""
+    norm = traced.norm_after[i]
+    return getattr(traced.modules[i], "bias", None) is not None or (norm is not None and keep[norm])
 
 
 class _Pass(fx.Interpreter):
@@ -283,10 +277,10 @@ class _Pass(fx.Interpreter):
         mean = y.mean(0)
         y = y - mean
         second, cross, total = _product(y, y), _product(target.samples, y), target.variance
-        if not self.fitter.has_intercept(i, self.keep):
+        if not has_intercept(self.traced, i, self.keep):
             second = second + torch.outer(mean, mean)
             cross, total = cross + torch.outer(target.mean, mean), total + target.mean.double().square().sum()
-        prior, may_be_exact = self._prior(i)
+        prior, may_be_exact = self.fitter.bridge(i, self.kept[self.traced.in_axis[i]])
         bridge = _solve(second, cross, _share(second, PRIOR), prior)
         if may_be_exact and len(y) > 2 * len(second):  # enough samples to tell a linear map from a lucky fit
             exact = _solve(second, cross, _share(second, EXACT), prior)
@@ -299,14 +293,6 @@ class _Pass(fx.Interpreter):
         if module.bias is not None:
             constant = (target.mean - bridge @ mean).to(weight.dtype)  # in the layer's input, borders aside
             module.bias.data.add_((constant @ weight.flatten(1)).view(weight.shape[1], -1).sum(1))
-
-    def _prior(self, i: int) -> tuple[Tensor, bool]:
-        """What layer i's bridge is drawn to, the teacher's, (C, C'); and whether a bridge may be exact."""
-        kept = self.kept[self.traced.in_axis[i]]
-        if kept is None:
-            return torch.eye(len(self.weights[i]), dtype=torch.float64, device=self.finite.device), True
-        repeat = self.traced.repeats[i]
-        return self.fitter.bridge(i, *(channels[::repeat] // repeat for channels in kept))
 
     def _fit_groups(self, module: Any, i: int, x: Tensor) -> None:
         """Fit each convolution group of layer i to what of its input x in the student the same group reads."""
@@ -368,11 +354,10 @@ def _estimating(norm: Any, x: Tensor) -> Iterator[None]:
     norm.running_var.mul_((count - 1) / count)
 
 
-def _moments(samples: Tensor) -> Moments:
-    mean = samples.mean(0)
-    centred = samples - mean
+def _covariance(samples: Tensor) -> Tensor:
+    centred = samples - samples.mean(0)
     covariance = _product(centred, centred)
-    return Moments(mean.double(), (covariance + covariance.T) / 2)
+    return (covariance + covariance.T) / 2
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -385,7 +370,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _solve(second: Tensor, cross: Tensor, epsilon: Tensor, prior: Tensor | None = None) -> Tensor:
     """A = (E[h yᵀ] + ε·prior) (E[y yᵀ] + εI)⁻¹, given E[y yᵀ] (C', C') and E[h yᵀ] (C, C'); NaN where it has none."""
-    factor, failed = torch.linalg.cholesky_ex(_plus(second, epsilon))
+    factor, failed = torch.linalg.cholesky_ex(second + epsilon.expand(len(second)).diag())
     wanted = cross if prior is None else cross + epsilon * prior
     return torch.cholesky_solve(wanted.T, factor).T.where(failed == 0, torch.nan)
 
@@ -393,10 +378,3 @@ def _solve(second: Tensor, cross: Tensor, epsilon: Tensor, prior: Tensor | None 
 def _share(second: Tensor, ridge: float) -> Tensor:
     """ε, `ridge` times the mean of second moments (C, C): dead and doubled channels leave them singular."""
     return ridge * second.diagonal().mean().clamp_min(1e-30)
-
-
-def _plus(second: Tensor, epsilon: Tensor) -> Tensor:
-    """Second moments plus εI."""
-    regular = second.clone()
-    regular.diagonal().add_(epsilon)
-    return regular

@@ -52,9 +52,8 @@ class ArchitectureSpace(Architectures):
         if calibration is not None:
             activations = Calibration(self._traced, calibration.to(self._traced.example))
             if importance == "activations":
-                covariances = {i: moments.covariance for i, moments in activations.moments.items()}
-                value = activation_importance(self._traced, covariances, self._factory.importance)
-                self._factory = StudentFactory(self._traced, value)
+                value = activation_importance(self._traced, activations.covariances, self._factory.importance)
+                self._factory = StudentFactory(self._traced, self.classes, value)
             self._fitter = WeightFitter(activations, self._factory.importance)
 
     def build(self, arch: Architecture, init: str | None = None) -> fx.GraphModule:
@@ -69,7 +68,7 @@ class ArchitectureSpace(Architectures):
         init = init or ("sliced" if self._fitter is None else "fitted")
         if init not in INITS:
             raise ValueError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
-        kept = self._factory.kept_channels(self._kept_units(arch))
+        kept = self._factory.kept_channels(arch)
         student = self._factory.build(arch, kept)
         if init == "random":
             randomize(student)
@@ -86,31 +85,20 @@ class ArchitectureSpace(Architectures):
         space.round_to = 1
         return space
 
-    def _kept_units(self, arch: Architecture) -> np.ndarray:
-        return self._factory.kept_units(arch, self.classes.of(arch.keep))
-
 
 def _narrowable(teacher: nn.Module, example: Tensor, leaf: Sequence[str], round_to: int) -> StudentFactory:
-    """Trace a teacher, and keep those nodes at full width where students would not fit."""
+    """Trace a teacher; nodes at which one of two narrow students fails are kept at full width."""
     fixed: set[str] = set()
     while True:
         traced = TracedTeacher(teacher, example, leaf, fixed)
-        factory = StudentFactory(traced, l1_importance(traced))
-        node = _misfit(factory, Architectures(traced, round_to))
+        space = Architectures(traced, round_to)
+        factory = StudentFactory(traced, space.classes, l1_importance(traced))
+        rng = np.random.default_rng(0)  # equal ratios would hide groups that ought to be one
+        ratios = [rng.uniform(least, 1, len(space.layers)).tolist() for least in (0.05, 0.5)]
+        misfits = (factory.misfit(space.shrink(space.teacher, of_layers)) for of_layers in ratios)
+        node = next(filter(None, misfits), None)
         if node is None:
             return factory
         if node in fixed:
             raise BadInput(f"the teacher cannot be narrowed at {node!r} of its graph; name the module as `leaf`")
         fixed.add(node)
-
-
-def _misfit(factory: StudentFactory, architectures: Architectures) -> str | None:
-    """Name of a node at which one of two narrow students fails, if any."""
-    rng = np.random.default_rng(0)  # equal ratios would hide groups that ought to be one
-    for least in (0.05, 0.5):
-        ratios = rng.uniform(least, 1, len(architectures.layers)).tolist()
-        narrow = architectures.shrink(architectures.teacher, ratios)
-        node = factory.misfit(narrow, factory.kept_units(narrow, architectures.classes.of(narrow.keep)))
-        if node is not None:
-            return node
-    return None

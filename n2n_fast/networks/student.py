@@ -16,7 +16,7 @@ from n2n_fast.files.errors import raise_device_fault
 from n2n_fast.networks.channels import CONVS, NORMS, TRANSPOSED
 from n2n_fast.networks.graph import Architecture, TracedTeacher
 from n2n_fast.networks.tracing import bare_copy
-from n2n_fast.networks.widths import WidthClass
+from n2n_fast.networks.widths import WidthClasses
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ def _collector_paused() -> Iterator[None]:
 class StudentFactory:
     """Builds students of one traced teacher: shallow clones of its graph, their tensors cut by one native call.
 
-    importance: of each unit, (units,); the highest are kept.
+    classes: of the teacher. importance: of each unit, (units,); the highest are kept.
     """
 
-    def __init__(self, traced: TracedTeacher, importance: np.ndarray) -> None:
-        self.traced, self.importance = traced, importance
+    def __init__(self, traced: TracedTeacher, classes: WidthClasses, importance: np.ndarray) -> None:
+        self.traced, self.classes, self.importance = traced, classes, importance
         slots = slots_of(traced)
         self._cut: dict[int, set[str]] = {i: set() for i in range(len(traced.modules))}
         for slot in slots:
@@ -83,10 +83,10 @@ class StudentFactory:
             self._banks.append((bank, same))
         self._ranked: dict[tuple[int, ...], list[np.ndarray]] = {}
 
-    def kept_units(self, arch: Architecture, classes: Iterable[WidthClass]) -> np.ndarray:
+    def kept_units(self, arch: Architecture) -> np.ndarray:
         """Which units are kept, (units,) bool. Groups of a width class that have equal sizes keep the same channels."""
         keep = np.ones(len(self.importance), dtype=bool)
-        for groups in (tuple(tied.factors) for tied in classes):
+        for groups in (tuple(tied.factors) for tied in self.classes.of(arch.keep)):
             if groups not in self._ranked:
                 self._ranked[groups] = self._by_importance(groups)
             for g, units in zip(groups, self._ranked[groups], strict=True):
@@ -101,8 +101,9 @@ class StudentFactory:
             shared[len(units)] = shared.get(len(units), 0) + self.importance[units]
         return [units[np.argsort(-shared[len(units)], kind="stable")] for units in members]
 
-    def kept_channels(self, keep: np.ndarray) -> list[np.ndarray | None]:
-        """For each axis the positions of the channels kept, None for all of them; keep: of each unit."""
+    def kept_channels(self, arch: Architecture) -> list[np.ndarray | None]:
+        """For each axis the positions of the channels kept, (channels,) int64; None for all of them."""
+        keep = self.kept_units(arch)
         masks = [keep[axis] for axis in self.traced.axes]
         return [None if mask.all() else mask.nonzero()[0] for mask in masks]
 
@@ -128,12 +129,12 @@ class StudentFactory:
         type(student).forward = type(traced.module).forward  # every GraphModule has a class of its own
         return student  # type: ignore[return-value]
 
-    def misfit(self, arch: Architecture, keep: np.ndarray) -> str | None:
+    def misfit(self, arch: Architecture) -> str | None:
         """Name of the first node of a student that fails or is not as wide as its channels are; None if all fit.
 
-        Such as a view to a size written as a number: nothing else may go wrong in students. keep: of `kept_units`.
+        Such as a view to a size written as a number: nothing else may go wrong in students.
         """
-        traced = self.traced
+        traced, keep = self.traced, self.kept_units(arch)
 
         class Check(fx.Interpreter):
             node = ""
@@ -149,7 +150,7 @@ class StudentFactory:
                     raise ValueError(f"expected {expected}, got {list(result.shape)}")
                 return result
 
-        check = Check(self.build(arch, self.kept_channels(keep)))
+        check = Check(self.build(arch, self.kept_channels(arch)))
         try:
             with torch.no_grad():
                 check.run(traced.example)

@@ -27,6 +27,11 @@ class WidthClass:
         """The common number of these widths; where they are out of proportion, that of the narrowest."""
         return min(widths[g] // factor for g, factor in self.factors.items())
 
+    def set(self, widths: list[int], number: int) -> None:
+        """Write the widths of these groups for a common number."""
+        for g, factor in self.factors.items():
+            widths[g] = number * factor
+
     def step(self, round_to: int) -> int:
         """The least common number whose channels are a multiple of `round_to`."""
         return round_to // math.gcd(round_to, self.channels)
