@@ -84,33 +84,52 @@ def test_transitions_are_deterministic_never_grow_and_stay_in_the_space(name: st
     assert space.shrink(arch, ones, ones) == space.remove(arch, [True] * len(ones)) == space.member(arch) == arch
 
 
+# Worked examples
+
+
+def narrowing() -> nn.Sequential:
+    return nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in ((3, 16), (16, 4), (4, 10))))
+
+
+@pytest.mark.parametrize(
+    ("net", "steps", "widths"),
+    [
+        # removal unites groups at the narrowest width
+        ("chain", ["3"], {"0": 8, "3": 8, "7": 12}),
+        ("chain", ["3 7 10"], {"0": 8, "11": 8}),
+        (narrowing, ["1"], {"0": 4, "2": 10}),
+        ("bottlenecks", ["4.conv1"], {"0": 8, "3.conv3": 8, "3.downsample.0": 8, "4.conv3": 8}),  # the whole stream
+        (lambda: flattening(150), ["3"], {"0": 2, "3": 128}),  # as many whole channels of 64 positions as there are
+        (lambda: flattening(150), ["3", {"0": 0.5}], {"0": 1, "3": 64}),
+        # the first writer of a group decides
+        (
+            "cifar_resnet",
+            [{"conv1": 0.5, "layer1.0.conv2": 0.1, "linear": 0.1}],
+            {"conv1": 4, "layer1.0.conv2": 4, "layer1.1.conv2": 4, "layer1.0.conv1": 8, "linear": 10},
+        ),
+        ("twice", [{"stem": 0.5}], {"stem": 4, "conv": 4}),
+        ("chain", ["3", {"0": 0.5, "3": 0.1, "7": 0.25}], {"0": 4, "7": 3, "10": 16}),
+        # ratios are of the architecture's own widths
+        ("chain", [{"0": 0.5, "3": 0.5}, {"0": 0.5, "3": 0.5}], {"0": 2, "3": 3}),
+        ("chain", [{"0": 0.01, "3": 0.01}], {"0": 1, "3": 1}),
+        ("chain", [{"0": 0.75, "3": 0.25}, "3"], {"0": 3, "3": 3}),
+        ("chain", [{"0": 0.25, "3": 0.25}, "3"], {"0": 2, "3": 2}),
+    ],
+)
+def test_widths_after_removals_and_ratios_by_layer(net, steps: list, widths: dict[str, int]) -> None:
+    space = space_of(net) if isinstance(net, str) else ArchitectureSpace(settle(net()), images())
+    arch = space.teacher
+    for step in steps:
+        if isinstance(step, str):
+            arch = space.remove(arch, without(space, *step.split()))
+        else:
+            arch = space.shrink(arch, [step.get(layer.name, 1.0) for layer in space.layers])
+    built(space, arch)
+    by_name = dict(zip((layer.name for layer in space.layers), space.widths(arch), strict=True))
+    assert {name: by_name[name] for name in widths} == widths
+
+
 # Removal
-
-
-def test_removal_unites_groups_at_the_narrowest_width() -> None:
-    space = space_of("chain")
-    student = built(space, space.remove(space.teacher, without(space, "3")))  # 8 -> 12, between 8 and 12 wide
-    assert student.get_submodule("0").out_channels == student.get_submodule("7").in_channels == 8
-    assert student.get_submodule("7").out_channels == 12
-    student = built(space, space.remove(space.teacher, without(space, "3", "7", "10")))
-    assert student.get_submodule("11").num_features == student.get_submodule("15").in_features == 8
-
-
-def test_removal_unites_groups_at_the_narrowest_width_when_the_later_is_narrower() -> None:
-    def net(padding: int) -> nn.Module:
-        return settle(nn.Sequential(*(nn.Conv2d(a, b, 3, padding=padding) for a, b in ((3, 16), (16, 4), (4, 10)))))
-
-    assert not any(layer.removable for layer in ArchitectureSpace(net(0), images()).layers)  # 3x3 without padding
-    space = ArchitectureSpace(net(1), images())
-    student = built(space, space.remove(space.teacher, without(space, "1")))
-    assert student.get_submodule("0").out_channels == student.get_submodule("2").in_channels == 4
-
-
-def test_removal_in_a_residual_stream_reaches_the_whole_stream() -> None:
-    space = space_of("bottlenecks")  # removing the 1x1 that shrinks 24 channels to 8 makes the stream 8 wide
-    student = built(space, space.remove(space.teacher, without(space, "4.conv1")))
-    assert {m.out_channels for m in student.modules() if isinstance(m, nn.Conv2d)} == {8}
-    assert student.get_submodule("7").in_features == 8
 
 
 def test_removed_norms_and_activations_change_no_width_and_pass_their_input_through() -> None:
@@ -153,32 +172,19 @@ def test_a_removable_layer_can_be_removed_alone(name: str) -> None:
             space.remove(space.teacher, without(space, layer.name))
 
 
-# A linear layer behind a flatten
-
-
-def flattening(hidden: int) -> ArchitectureSpace:
+def flattening(hidden: int) -> nn.Sequential:
     """4 channels at 8 x 8, so 256 inputs of a linear layer of `hidden` outputs."""
     first = (nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Flatten())
-    net = nn.Sequential(*first, nn.Linear(256, hidden), nn.ReLU(), nn.Linear(hidden, 10))
-    return ArchitectureSpace(net, images())
-
-
-def test_a_linear_layer_is_as_wide_as_whole_channels() -> None:
-    space = flattening(150)  # two channels of 64 positions
-    arch = space.remove(space.teacher, without(space, "3"))
-    student = built(space, arch)
-    assert (student.get_submodule("0").out_channels, student.get_submodule("5").in_features) == (2, 128)
-    student = built(space, space.shrink(arch, ratios(space, _0=0.5)))
-    assert student.get_submodule("5").in_features == 64
+    return nn.Sequential(*first, nn.Linear(256, hidden), nn.ReLU(), nn.Linear(hidden, 10))
 
 
 def test_widths_that_cannot_meet_are_degenerate() -> None:
-    space = flattening(150)
+    space = ArchitectureSpace(flattening(150), images())
     arch = space.shrink(space.teacher, ratios(space, _3=0.4))
     with pytest.raises(DegenerateArchitecture) as caught:  # 60 outputs are not even one channel of 64 positions
         space.remove(arch, without(space, "3"))
     assert caught.value.reason == str(caught.value) != ""
-    space = flattening(32)
+    space = ArchitectureSpace(flattening(32), images())
     assert space.layers[position(space, "3")].note == "its input and output channels cannot meet"
 
 
@@ -242,41 +248,6 @@ def test_an_architecture_of_another_space_is_refused() -> None:
 
 
 # Shrinkage
-
-
-def test_the_first_writer_of_a_group_decides() -> None:
-    space = space_of("cifar_resnet")
-    arch = space.shrink(space.teacher, ratios(space, conv1=0.5, layer1__0__conv2=0.1, linear=0.1))
-    student = built(space, arch)
-    for name in ("conv1", "layer1.0.conv2", "layer1.1.conv2"):
-        assert student.get_submodule(name).out_channels == 4
-    assert student.get_submodule("layer2.0.shortcut.0").in_channels == 4
-    assert student.get_submodule("layer1.0.conv1").out_channels == 8
-    assert student.get_submodule("linear").out_features == 10
-
-
-def test_shrinkage_is_relative_to_the_given_architecture() -> None:
-    space = space_of("chain")
-    halves = ratios(space, _0=0.5, _3=0.5)
-    student = built(space, space.shrink(space.shrink(space.teacher, halves), halves))
-    assert (student.get_submodule("0").out_channels, student.get_submodule("3").out_channels) == (2, 3)
-    assert [w for w in even(space, 0.01).widths if w not in (3, 10)] == [1] * 4
-
-
-def test_shrink_after_remove_keeps_united_groups_equal() -> None:
-    space = space_of("chain")
-    arch = space.shrink(space.remove(space.teacher, without(space, "3")), ratios(space, _0=0.5, _3=0.1, _7=0.25))
-    student = built(space, arch)
-    assert [student.get_submodule(name).out_channels for name in ("0", "7", "10")] == [4, 3, 16]
-    assert student.get_submodule("7").in_channels == 4
-
-
-@pytest.mark.parametrize(("first", "expected"), [(0.75, 3), (0.25, 2)])
-def test_remove_after_shrink_takes_the_narrower_of_the_shrunk(first: float, expected: int) -> None:
-    space = space_of("chain")
-    arch = space.shrink(space.teacher, ratios(space, _0=first, _3=0.25))
-    student = built(space, space.remove(arch, without(space, "3")))
-    assert student.get_submodule("0").out_channels == student.get_submodule("7").in_channels == expected
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -422,6 +393,11 @@ def test_kernels_are_left_alone_unless_asked_for() -> None:
 
 
 # Spaces
+
+
+def test_a_convolution_that_changes_the_resolution_stays() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 10, 3))
+    assert not any(layer.removable for layer in ArchitectureSpace(net, images()).layers)
 
 
 def test_building_the_space_of_a_student() -> None:
