@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from n2n_fast.files.errors import DegenerateArchitecture
-from n2n_fast.networks.graph import KINDS, Architecture, Layer, TracedTeacher, crop, smallest_kernel
+from n2n_fast.networks.graph import KINDS, Architecture, TracedTeacher, crop, smallest_kernel
 from n2n_fast.networks.widths import WidthClasses
 
 NARROWEST = 1e-4  # factor of ratios, which leaves one channel everywhere
@@ -22,10 +22,6 @@ class Architectures:
     layers: the teacher's. teacher: its own architecture. warnings: what of it was not understood.
     round_to: shrunk widths are multiples of this many channels, where they are not the teacher's own.
     """
-
-    layers: tuple[Layer, ...]
-    teacher: Architecture
-    warnings: tuple[str, ...]
 
     def __init__(self, traced: TracedTeacher, round_to: int = 1) -> None:
         self._traced, self.round_to = traced, round_to

@@ -65,7 +65,7 @@ class Calibration:
             self.images = images.contiguous(memory_format=torch.channels_last)  # faster to sample by position
         self.fitted = {name: i for i, name in enumerate(traced.names) if traced.fittable[i]}
         self.grouped = {name: i for i, name in enumerate(traced.names) if traced.groupwise[i]}
-        self.student_images = self.images[: min(PASS_IMAGES, self._batch_size(MAX_PASS_NUMBERS))]
+        self.student_images = self.images[: min(PASS_IMAGES, max(1, MAX_PASS_NUMBERS // traced.largest_activation))]
         self._generator = torch.Generator().manual_seed(0)
         self._places: dict[int, Tensor] = {}
         with full_precision():
@@ -79,11 +79,8 @@ class Calibration:
             if not has_intercept(traced, i, [True] * len(traced.names)):
                 mean = samples[i].mean(0).double()
                 self.seconds[i] = covariance + torch.outer(mean, mean)
-        self.targets = {i: self._target(i, of_layer) for i, of_layer in samples.items()}
-
-    def _batch_size(self, numbers: int) -> int:
-        """Images whose activations are of at most so many numbers, at least one."""
-        return max(1, numbers // self.traced.largest_activation)
+        counts = {i: len(self.student_images) * places.shape[1] for i, places in self._places.items()}
+        self.targets = {i: _target(of_layer[: counts[i]]) for i, of_layer in samples.items()}
 
     @torch.no_grad()
     def _run_teacher(self) -> dict[int, Tensor]:
@@ -103,17 +100,10 @@ class Calibration:
                     samples[i][first * per_image :][: len(rows)] = rows
                 return super().call_module(target, args, kwargs)
 
-        for batch in torch.split(self.images, self._batch_size(PASS_NUMBERS)):
+        for batch in torch.split(self.images, max(1, PASS_NUMBERS // self.traced.largest_activation)):
             Recorder(self.traced.module).run(batch)
             first += len(batch)
         return samples
-
-    def _target(self, i: int, samples: Tensor) -> Target:
-        """Layer i's samples at the images that students are fitted to."""
-        samples = samples[: len(self.student_images) * self._places[i].shape[1]]
-        mean = samples.mean(0)
-        centred = samples - mean
-        return Target(centred, mean, centred.square().sum(0).double().sum() / len(centred))
 
     def sample(self, i: int, x: Tensor, first: int = 0) -> Tensor:
         """Layer i's input x, for images first, first + 1, ..., at that layer's positions: (samples, channels)."""
@@ -352,6 +342,12 @@ def _estimating(norm: Any, x: Tensor) -> Iterator[None]:
     norm.eval()
     norm.momentum = momentum
     norm.running_var.mul_((count - 1) / count)
+
+
+def _target(samples: Tensor) -> Target:
+    mean = samples.mean(0)
+    centred = samples - mean
+    return Target(centred, mean, centred.square().sum(0).double().sum() / len(centred))
 
 
 def _covariance(samples: Tensor) -> Tensor:

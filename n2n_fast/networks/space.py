@@ -11,7 +11,7 @@ from n2n_fast.networks.architectures import Architectures
 from n2n_fast.networks.fitting import Calibration, WeightFitter
 from n2n_fast.networks.graph import Architecture, TracedTeacher
 from n2n_fast.networks.importance import activation_importance, l1_importance
-from n2n_fast.networks.student import StudentFactory, randomize
+from n2n_fast.networks.student import StudentFactory
 
 INITS = ("fitted", "sliced", "random")
 IMPORTANCES = ("activations", "l1")
@@ -71,7 +71,8 @@ class ArchitectureSpace(Architectures):
         kept = self._factory.kept_channels(arch)
         student = self._factory.build(arch, kept)
         if init == "random":
-            randomize(student)
+            for module in student.modules():
+                getattr(module, "reset_parameters", lambda: None)()
         elif init == "fitted":
             if self._fitter is None:
                 raise ValueError(f"init: {init!r} needs the space to be made with calibration images")

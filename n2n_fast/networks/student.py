@@ -239,14 +239,6 @@ def _cropped_padding(conv: Any, kernel: tuple[int, ...]) -> dict[str, Any]:
     return {"padding": padding, "_reversed_padding_repeated_twice": twice}
 
 
-def randomize(student: nn.Module) -> None:
-    """Give every layer of `student` a new random initialisation from torch's global generator."""
-    for module in student.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
-
-
 def independent_copy(student: nn.Module) -> nn.Module:
     """A deep copy whose tensors each have a storage of their own, and whose graph is shared with no other student."""
     copied = copy.deepcopy(student)
