@@ -125,14 +125,14 @@ def positions_study(bench):
                     yield str(count), row
 
 
-def saliency_study(bench):
+def importance_study(bench):
     """Which channels are kept."""
     for seed in bench.seeds:
         images = bench.images(IMAGES, seed)
-        for saliency in ("l1", "activations"):
-            space = bench.space(images, saliency=saliency)
+        for importance in ("l1", "activations"):
+            space = bench.space(images, importance=importance)
             for row in bench.students(space, images, ["sliced", "fitted"]):
-                yield saliency, row
+                yield importance, row
 
 
 def rate_study(bench):
@@ -156,7 +156,7 @@ def rate_study(bench):
                     yield f"{steps} steps, {rate:g}", ("x0.35", init, found, time.perf_counter() - start)
 
 
-STUDIES = {name: globals()[f"{name}_study"] for name in ("images", "ridge", "prior", "positions", "saliency", "rate")}
+STUDIES = {name: globals()[f"{name}_study"] for name in ("images", "ridge", "prior", "positions", "importance", "rate")}
 
 
 def table(rows):

@@ -25,7 +25,7 @@ class Cut:
         arch = space.shrink(space.teacher, half)
         if smaller is not None:
             arch = space.shrink_within(space.teacher, half, params=params)
-        self.kept = space._factory.kept_channels(space._kept_units(arch))
+        self.kept = space._factory.kept_channels(arch)
         slots = slots_of(space._traced)
         index = [None if k is None else torch.from_numpy(k) for k in self.kept]
         self.rows = [index[slot.rows] for slot in slots]

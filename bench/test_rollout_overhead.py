@@ -35,7 +35,7 @@ class Setting:
         self.mask = torch.tensor(space.choices(space.teacher)).T
         self.features = space.features()
         self.arch = space.shrink(space.teacher, [0.5] * len(space.layers))
-        self.kept = space._factory.kept_channels(space._kept_units(self.arch))
+        self.kept = space._factory.kept_channels(self.arch)
 
     def ours(self, init):
         """A rollout's share of an update's sampling, its architecture, its student."""

@@ -482,11 +482,11 @@ def test_degenerate_students_are_never_built(teacher, data, tmp_path, monkeypatc
     assert {r["reward"] for r in lines(tmp_path / "e")} == {-1.0}
 
 
-@pytest.mark.parametrize(("init", "saliency"), [("sliced", "activations"), ("fitted", "l1"), ("random", None)])
-def test_what_students_start_from_can_be_chosen(teacher, data, tmp_path, init, saliency):
-    config = replace(PLAIN, stages="shrinkage", updates=1, init=init, saliency=saliency)
+@pytest.mark.parametrize(("init", "importance"), [("sliced", "activations"), ("fitted", "l1"), ("random", None)])
+def test_what_students_start_from_can_be_chosen(teacher, data, tmp_path, init, importance):
+    config = replace(PLAIN, stages="shrinkage", updates=1, init=init, importance=importance)
     found = compress(teacher, data, config, tmp_path / "g")
-    assert json.loads((found.out / "config.json").read_text())["saliency"] == saliency
+    assert json.loads((found.out / "config.json").read_text())["importance"] == importance
     assert {line["error"] for line in lines(found.out)} <= {None, "no smaller than the teacher"}
 
 

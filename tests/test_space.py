@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,173 +11,124 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from n2n_fast import native
 from n2n_fast.files.errors import DegenerateArchitecture
 from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.networks.student import StudentFactory
-from networks import LARGE, SMALL, images, make, position, ratios, settle, space_of, teacher_of, without
+from networks import LARGE, SMALL, images, position, ratios, settle, space_of, teacher_of, without
+from spaces import RATIOS, drawn, even, outputs, removed
+from written import Written
 
 SEEDS = st.integers(0, 10**9)
-RATIOS = [i / 10 for i in range(1, 11)]
 
 
-def drawn(space: ArchitectureSpace, seed: int) -> Architecture:
-    """A random architecture: a share of the layers removed, then random ratios; at times one of both alone."""
-    rng = random.Random(seed)
-    count = len(space.layers)
-    share = rng.choice([0.0, 0.1, 0.3, 0.6, 1.0])
-    arch = removed(space, [rng.random() >= share for _ in range(count)])
-    if rng.random() < 0.2:
-        return arch
-    channels, kernels = ([rng.choice(RATIOS) for _ in range(count)] for _ in range(2))
-    return space.shrink(arch, channels, kernels if rng.random() < 0.7 else None)
-
-
-def removed(space: ArchitectureSpace, keep: Sequence[bool]) -> Architecture:
-    try:
-        return space.remove(space.teacher, keep)
-    except DegenerateArchitecture:
-        return space.teacher
-
-
-def check_costs(name: str, arch: Architecture) -> nn.Module:
-    """The student of `arch`, once its parameters and MACs are found to be as promised."""
-    student = space_of(name).build(arch)
-    assert arch.params == sum(p.numel() for p in student.parameters())
+def cost(net: nn.Module, name: str = "") -> tuple[int, int]:
+    """Params, and MACs of one image, counted."""
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        student(images(name, 1))
-    assert arch.macs == counter.get_total_flops() // 2
+        net(images(name, 1))
+    return sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2
+
+
+def built(space: ArchitectureSpace, arch: Architecture, name: str = "") -> nn.Module:
+    """The student of `arch`, once its costs and widths are as promised."""
+    student = space.build(arch)
+    assert (arch.params, arch.macs) == cost(student, name)
+    for layer, kept, width in zip(space.layers, arch.keep, space.widths(arch), strict=True):
+        if kept and layer.kind in ("conv", "depthwise", "linear"):
+            assert width == len(student.get_submodule(layer.name).weight), layer.name
     return student
+
+
+def trains(student: nn.Module, name: str) -> bool:
+    student.train()(images(name, 4)).square().sum().backward()
+    return all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
 
 
 @pytest.mark.parametrize("name", [*SMALL, *LARGE])
 def test_the_teacher_is_the_first_state(name: str) -> None:
-    space, teacher = space_of(name), teacher_of(name)
+    space = space_of(name)
     assert all(space.teacher.keep)
-    assert space.teacher.params == sum(p.numel() for p in teacher.parameters())
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        teacher(images(name, 1))
-    assert space.teacher.macs == counter.get_total_flops() // 2
-    ones = [1.0] * len(space.layers)
-    assert space.remove(space.teacher, [True] * len(ones)) == space.teacher
-    assert space.shrink(space.teacher, ones, ones) == space.teacher
+    assert (space.teacher.params, space.teacher.macs) == cost(teacher_of(name), name)
 
 
 @pytest.mark.parametrize("name", SMALL)
 @given(SEEDS)
 @settings(deadline=None, max_examples=15)
-def test_costs_are_the_built_students_and_it_trains(name: str, seed: int) -> None:
-    arch = drawn(space_of(name), seed)
-    student = check_costs(name, arch).train()
-    out = student(images(name, 4))
-    assert out.shape == (4, 10)
-    out.square().sum().backward()
-    gradients = [p.grad for p in student.parameters()]
-    assert all(g is not None and g.isfinite().all() for g in gradients)
-
-
-@pytest.mark.parametrize("name", LARGE)
-@pytest.mark.parametrize("seed", [3, 11])
-def test_costs_are_the_built_students_for_large_nets(name: str, seed: int) -> None:
-    rng = random.Random(seed)
-    space = space_of(name)
-    keep = [rng.random() < 0.8 for _ in space.layers]
-    small, kernels = ([rng.choice(RATIOS[:5]) for _ in space.layers] for _ in range(2))
-    arch = space.shrink(removed(space, keep), small, kernels)
-    assert arch.params < space.teacher.params
-    student = check_costs(name, arch).train()
-    student(images(name, 2)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
-
-
-@pytest.mark.parametrize("name", SMALL)
-@given(SEEDS)
-@settings(deadline=None, max_examples=10)
-def test_transitions_are_deterministic_never_grow_and_stay_in_the_space(name: str, seed: int) -> None:
+def test_architectures_stay_in_their_space_and_students_are_as_these_say_and_train(name: str, seed: int) -> None:
     space = space_of(name)
     arch = drawn(space, seed)
-    assert arch == drawn(space, seed)
-    assert arch.key == drawn(space, seed).key
+    assert (arch, arch.key) == (drawn(space, seed), drawn(space, seed).key)
     assert arch.params <= space.teacher.params
     assert arch.macs <= space.teacher.macs
     assert all(1 <= w <= size for w, size in zip(arch.widths, space.teacher.widths, strict=True))
     assert all(keep or layer.removable for keep, layer in zip(arch.keep, space.layers, strict=True))
     ones = [1.0] * len(space.layers)
-    assert space.shrink(arch, ones, ones) == arch
-    assert space.remove(arch, [True] * len(ones)) == arch
+    assert space.shrink(arch, ones, ones) == space.remove(arch, [True] * len(ones)) == space.member(arch) == arch
+    assert trains(built(space, arch, name), name)
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("seed", [3, 11])
+def test_students_of_large_nets_are_as_their_architectures_say_and_train(name: str, seed: int) -> None:
+    arch = drawn(space_of(name), seed)
+    assert arch.params < space_of(name).teacher.params
+    assert trains(built(space_of(name), arch, name), name)
+
+
+# Worked examples
+
+
+def narrowing() -> nn.Sequential:
+    return nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in ((3, 16), (16, 4), (4, 10))))
+
+
+@pytest.mark.parametrize(
+    ("net", "steps", "widths"),
+    [
+        # removal unites groups at the narrowest width
+        ("chain", ["3"], {"0": 8, "3": 8, "7": 12}),
+        ("chain", ["3 7 10"], {"0": 8, "11": 8}),
+        (narrowing, ["1"], {"0": 4, "2": 10}),
+        ("bottlenecks", ["4.conv1"], {"0": 8, "3.conv3": 8, "3.downsample.0": 8, "4.conv3": 8}),  # the whole stream
+        (lambda: flattening(150), ["3"], {"0": 2, "3": 128}),  # as many whole channels of 64 positions as there are
+        (lambda: flattening(150), ["3", {"0": 0.5}], {"0": 1, "3": 64}),
+        # the first writer of a group decides
+        (
+            "cifar_resnet",
+            [{"conv1": 0.5, "layer1.0.conv2": 0.1, "linear": 0.1}],
+            {"conv1": 4, "layer1.0.conv2": 4, "layer1.1.conv2": 4, "layer1.0.conv1": 8, "linear": 10},
+        ),
+        ("twice", [{"stem": 0.5}], {"stem": 4, "conv": 4}),
+        ("chain", ["3", {"0": 0.5, "3": 0.1, "7": 0.25}], {"0": 4, "7": 3, "10": 16}),
+        # ratios are of the architecture's own widths
+        ("chain", [{"0": 0.5, "3": 0.5}, {"0": 0.5, "3": 0.5}], {"0": 2, "3": 3}),
+        ("chain", [{"0": 0.01, "3": 0.01}], {"0": 1, "3": 1}),
+        ("chain", [{"0": 0.75, "3": 0.25}, "3"], {"0": 3, "3": 3}),
+        ("chain", [{"0": 0.25, "3": 0.25}, "3"], {"0": 2, "3": 2}),
+    ],
+)
+def test_widths_after_removals_and_ratios_by_layer(net, steps: list, widths: dict[str, int]) -> None:
+    space = space_of(net) if isinstance(net, str) else ArchitectureSpace(settle(net()), images())
+    arch = space.teacher
+    for step in steps:
+        if isinstance(step, str):
+            arch = space.remove(arch, without(space, *step.split()))
+        else:
+            arch = space.shrink(arch, [step.get(layer.name, 1.0) for layer in space.layers])
+    built(space, arch)
+    by_name = dict(zip((layer.name for layer in space.layers), space.widths(arch), strict=True))
+    assert {name: by_name[name] for name in widths} == widths
 
 
 # Removal
 
 
-@pytest.mark.parametrize("name", SMALL)
-@given(seed=SEEDS)
-@settings(deadline=None, max_examples=5)
-def test_widths_are_the_built_students(name: str, seed: int) -> None:
-    space = space_of(name)
-    arch = drawn(space, seed)
-    student = space.build(arch)
-    for layer, kept, width in zip(space.layers, arch.keep, space.widths(arch), strict=True):
-        built = getattr(student.get_submodule(layer.name), "weight", None)
-        if kept and layer.kind in ("conv", "depthwise", "linear"):
-            assert width == len(built), layer.name
-
-
-def test_removal_unites_groups_at_the_narrowest_width() -> None:
-    space = space_of("chain")
-    student = space.build(space.remove(space.teacher, without(space, "3")))  # 8 -> 12, between 8 and 12 wide
-    assert student.get_submodule("0").out_channels == 8
-    assert student.get_submodule("4").num_features == 8
-    assert student.get_submodule("7").in_channels == 8
-    assert student.get_submodule("7").out_channels == 12
-    student = space.build(space.remove(space.teacher, without(space, "3", "7", "10")))
-    assert student.get_submodule("11").num_features == 8
-    assert student.get_submodule("15").in_features == 8
-
-
-def test_removal_unites_groups_at_the_narrowest_width_when_the_later_is_narrower() -> None:
-    net = settle(nn.Sequential(*(nn.Conv2d(a, b, 3) for a, b in ((3, 16), (16, 16), (16, 4))), nn.Conv2d(4, 10, 1)))
-    padded = settle(nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in ((3, 16), (16, 4), (4, 10)))))
-    assert not any(layer.removable for layer in ArchitectureSpace(net, images()).layers[:3])  # 3x3 without padding
-    space = ArchitectureSpace(padded, images())
-    student = space.build(space.remove(space.teacher, without(space, "1")))
-    assert student.get_submodule("0").out_channels == student.get_submodule("2").in_channels == 4
-
-
-def test_removal_in_a_residual_stream_reaches_the_whole_stream() -> None:
-    space = space_of("bottlenecks")  # removing the 1x1 that shrinks 24 channels to 8 makes the stream 8 wide
-    arch = space.remove(space.teacher, without(space, "4.conv1"))
-    student = check_costs("bottlenecks", arch)
-    convs = {name: m.out_channels for name, m in student.named_modules() if isinstance(m, nn.Conv2d)}
-    assert convs == {
-        "0": 8,
-        **{f"3.{c}": 8 for c in ("conv1", "conv2", "conv3", "downsample.0")},
-        "4.conv2": 8,
-        "4.conv3": 8,
-    }
-    assert student.get_submodule("7").in_features == 8
-
-
-def test_removed_norms_and_activations_change_no_width() -> None:
-    space = space_of("chain")
+def test_removed_norms_and_activations_change_no_width_and_pass_their_input_through() -> None:
+    space, teacher = space_of("chain"), teacher_of("chain")
     arch = space.remove(space.teacher, without(space, "1", "2", "4"))
     assert arch.widths == space.teacher.widths
     assert arch.params == space.teacher.params - 2 * 8 - 2 * 12
-    assert arch.macs == space.teacher.macs
-    student, teacher = space.build(arch), teacher_of("chain")
-    x = images()
-    expected = teacher[5:](teacher[3](teacher[0](x)))
-    assert torch.equal(student(x), expected)
-
-
-def test_a_removed_layer_passes_its_input_through() -> None:
-    net = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 10, 1)))
-    space = ArchitectureSpace(net, images())
-    student = space.build(space.remove(space.teacher, without(space, "1")))
-    assert torch.equal(student(images()), net[3](net[2](net[0](images()))))
+    assert torch.equal(outputs(space.build(arch)), outputs(nn.Sequential(teacher[0], teacher[3], *teacher[5:])))
 
 
 def test_removed_layers_never_alias_a_residual() -> None:
@@ -195,65 +146,37 @@ def test_entries_of_fixed_layers_are_ignored(name: str) -> None:
     space = space_of(name)
     removable = [layer.removable for layer in space.layers]
     assert not all(removable)
-    assert space.remove(space.teacher, removable) == space.teacher
     assert space.remove(space.teacher, [r or i % 2 == 0 for i, r in enumerate(removable)]) == space.teacher
 
 
 def test_what_is_removed_stays_removed() -> None:
     space = space_of("chain")
     once = space.remove(space.teacher, without(space, "3"))
-    assert space.remove(once, [True] * len(space.layers)) == once
-    both = space.remove(once, without(space, "7"))
-    assert both == space.remove(space.teacher, without(space, "3", "7"))
+    assert space.remove(once, without(space, "7")) == space.remove(space.teacher, without(space, "3", "7"))
 
 
-# Degenerate
+@pytest.mark.parametrize("name", [*SMALL, *LARGE, "regnet_y_800mf"])
+def test_a_removable_layer_can_be_removed_alone(name: str) -> None:
+    space = space_of(name)
+    for layer in space.layers:
+        if layer.removable:
+            space.remove(space.teacher, without(space, layer.name))
 
 
 def flattening(hidden: int) -> nn.Sequential:
     """4 channels at 8 x 8, so 256 inputs of a linear layer of `hidden` outputs."""
-    return nn.Sequential(
-        *(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Flatten()),
-        *(nn.Linear(256, hidden), nn.ReLU(), nn.Linear(hidden, 10)),
-    )
+    first = (nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Flatten())
+    return nn.Sequential(*first, nn.Linear(256, hidden), nn.ReLU(), nn.Linear(hidden, 10))
 
 
-def test_widths_that_cannot_meet_are_degenerate_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_widths_that_cannot_meet_are_degenerate() -> None:
     space = ArchitectureSpace(flattening(150), images())
-
-    def built(*_: object) -> None:
-        raise AssertionError("something was built")
-
-    monkeypatch.setattr(StudentFactory, "build", built)
-    monkeypatch.setattr(native, "materialize", built)
-    arch = space.shrink(space.teacher, ratios(space, _3=0.2))
-    with pytest.raises(DegenerateArchitecture) as caught:  # 30 outputs are not even one channel of 64 positions
+    arch = space.shrink(space.teacher, ratios(space, _3=0.4))
+    with pytest.raises(DegenerateArchitecture) as caught:  # 60 outputs are not even one channel of 64 positions
         space.remove(arch, without(space, "3"))
     assert caught.value.reason == str(caught.value) != ""
-
-
-def test_widths_that_could_never_meet_are_known_from_the_start() -> None:
     space = ArchitectureSpace(flattening(32), images())
     assert space.layers[position(space, "3")].note == "its input and output channels cannot meet"
-
-
-def test_a_linear_layer_is_as_wide_as_whole_channels() -> None:
-    space = ArchitectureSpace(flattening(150), images())  # two channels of 64 positions
-    arch = space.remove(space.teacher, without(space, "3"))
-    student = space.build(arch)
-    assert student.get_submodule("0").out_channels == 2
-    assert student.get_submodule("5").in_features == 128
-    assert arch.params == sum(p.numel() for p in student.parameters()) == 3 * 2 * 9 + 2 + 128 * 10 + 10
-    assert student(images()).shape == (2, 10)
-    arch = space.shrink(arch, ratios(space, _0=0.5))
-    assert space.build(arch).get_submodule("5").in_features == 64
-
-
-def test_a_removal_that_shrinks_below_one_channel_is_degenerate() -> None:
-    space = ArchitectureSpace(flattening(150), images())
-    narrow = space.shrink(space.teacher, ratios(space, _3=0.4))  # 60 < 64
-    with pytest.raises(DegenerateArchitecture):
-        space.remove(narrow, without(space, "3"))
 
 
 # Wrong arguments
@@ -267,6 +190,7 @@ def test_wrong_lengths_are_refused(length: int) -> None:
         ("keep", lambda: space.remove(space.teacher, [True] * length)),
         ("channels", lambda: space.shrink(space.teacher, wrong)),
         ("kernels", lambda: space.shrink(space.teacher, right, wrong)),
+        ("channels", lambda: space.shrink_within(space.teacher, wrong, grow=True)),
     ):
         with pytest.raises(ValueError, match=rf"{name}: .*16.*got {length}"):
             call()
@@ -277,58 +201,44 @@ def test_wrong_lengths_are_refused(length: int) -> None:
 @settings(max_examples=5, deadline=None)
 def test_ratios_outside_their_range_are_refused(ratio: float, index: int) -> None:
     space = space_of("chain")
-    wrong, right = [1.0] * 16, [1.0] * 16
-    wrong[index] = ratio
-    with pytest.raises(ValueError, match=rf"channels\[{index}\].*got {ratio}"):
-        space.shrink(space.teacher, wrong)
-    with pytest.raises(ValueError, match=rf"kernels\[{index}\].*got {ratio}"):
-        space.shrink(space.teacher, right, wrong)
+    right = [1.0] * 16
+    wrong = [*right[:index], ratio, *right[index + 1 :]]
+    for name, call in (
+        ("channels", lambda: space.shrink(space.teacher, wrong)),
+        ("kernels", lambda: space.shrink(space.teacher, right, wrong)),
+        ("channels", lambda: space.shrink_within(space.teacher, wrong, params=1, grow=True)),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}\[{index}\].*got {ratio}"):
+            call()
 
 
-def test_an_unknown_init_is_refused() -> None:
+def test_other_wrong_arguments_are_refused() -> None:
     space = space_of("chain")
-    with pytest.raises(ValueError, match=r"init.*'best'"):
+    with pytest.raises(ValueError, match=r"init: expected one of .*, got 'best'"):
         space.build(space.teacher, init="best")
+    with pytest.raises(ValueError, match="round_to: expected at least 1, got 0"):
+        ArchitectureSpace(teacher_of("chain"), images(), round_to=0)
+
+
+def test_an_architecture_of_another_space_is_refused() -> None:
+    space = space_of("chain")
+    arch, other = space.teacher, space_of("cifar_resnet").teacher
+    for call in (space.member, space.build, space.widths, space.choices):
+        with pytest.raises(ValueError, match=r"arch: expected 16 layers and \d+ channel groups, got 21 and 8"):
+            call(other)
+    for changed in (
+        replace(arch, keep=(False, *arch.keep[1:])),
+        replace(arch, kernels=((2, 2), *arch.kernels[1:])),
+        replace(arch, params=arch.params + 1),
+        replace(arch, keep=tuple(without(space, "3"))),  # whose groups' widths differ
+    ):
+        with pytest.raises(ValueError, match=f"arch: {changed.key} is of another space"):
+            space.member(changed)
+    with pytest.raises(DegenerateArchitecture):
+        space.member(replace(arch, widths=tuple(width + 1 for width in arch.widths)))
 
 
 # Shrinkage
-
-
-def test_the_first_writer_of_a_group_decides() -> None:
-    space = space_of("cifar_resnet")
-    student = space.build(space.shrink(space.teacher, ratios(space, conv1=0.5, layer1__0__conv2=0.1, linear=0.1)))
-    for name in ("conv1", "layer1.0.conv2", "layer1.1.conv2"):
-        assert student.get_submodule(name).out_channels == 4
-    assert student.get_submodule("layer2.0.shortcut.0").in_channels == 4
-    assert student.get_submodule("layer1.0.conv1").out_channels == 8
-    assert student.get_submodule("linear").out_features == 10
-
-
-def test_shrinkage_is_relative_to_the_given_architecture() -> None:
-    space = space_of("chain")
-    half = ratios(space, _0=0.5, _3=0.5)
-    student = space.build(space.shrink(space.shrink(space.teacher, half), half))
-    assert student.get_submodule("0").out_channels == 2
-    assert student.get_submodule("3").out_channels == 3
-    tiny = space.shrink(space.teacher, [0.01] * 16)
-    assert [w for w in tiny.widths if w not in (3, 10)] == [1] * 4
-
-
-def test_shrink_after_remove_keeps_united_groups_equal() -> None:
-    space = space_of("chain")
-    arch = space.shrink(space.remove(space.teacher, without(space, "3")), ratios(space, _0=0.5, _3=0.1, _7=0.25))
-    student = check_costs("chain", arch)
-    widths = [student.get_submodule(name).out_channels for name in ("0", "7", "10")]
-    assert widths == [4, 3, 16]
-    assert student.get_submodule("7").in_channels == 4
-
-
-def test_remove_after_shrink_takes_the_narrower_of_the_shrunk() -> None:
-    space = space_of("chain")
-    for first, expected in ((0.75, 3), (0.25, 2)):
-        arch = space.shrink(space.teacher, ratios(space, _0=first, _3=0.25))
-        student = check_costs("chain", space.remove(arch, without(space, "3")))
-        assert student.get_submodule("0").out_channels == student.get_submodule("7").in_channels == expected
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -339,37 +249,32 @@ def test_shrinking_within_limits_goes_just_as_far_as_needed(name: str, seed: int
     arch = removed(space, [rng.random() >= 0.1 for _ in space.layers])
     channels, kernels = ([rng.choice(RATIOS) for _ in space.layers] for _ in range(2))
     limit = int(share * getattr(arch, by))
-    found = space.shrink_within(arch, channels, kernels, **{by: limit}, grow=grow)
+    within = space.shrink_within(arch, channels, kernels, **{by: limit}, grow=grow)
 
     def scaled(factor: float) -> Architecture:
         return space.shrink(arch, [min(1.0, ratio * factor) for ratio in channels], kernels)
 
-    largest = scaled(1 / min(channels) if grow else 1.0)
-    narrowest = scaled(1e-9)
-    assert found.keep == arch.keep
-    assert found.kernels == largest.kernels
+    largest, narrowest = scaled(1 / min(channels) if grow else 1.0), scaled(1e-9)
+    assert within.keep == arch.keep
+    assert within.kernels == largest.kernels
     if getattr(largest, by) <= limit:
-        assert found == largest
+        assert within == largest
     elif getattr(narrowest, by) > limit:
-        assert found == narrowest
+        assert within == narrowest
     else:
-        assert getattr(found, by) <= limit
+        assert getattr(within, by) <= limit
         grid = [scaled(10 ** (i / 500)) for i in range(-2000, 501) if grow or i <= 0]
-        assert getattr(found, by) >= max(getattr(a, by) for a in grid if getattr(a, by) <= limit) * 0.98 - 100
+        assert getattr(within, by) >= max(getattr(a, by) for a in grid if getattr(a, by) <= limit) * 0.98 - 100
 
 
-def test_shrinking_within_no_limits_is_shrinking() -> None:
+def test_shrinking_within_both_limits_or_none() -> None:
     space = space_of("chain")
-    half = [0.5] * len(space.layers)
-    assert space.shrink_within(space.teacher, half) == space.shrink(space.teacher, half)
-    assert space.shrink_within(space.teacher, half, grow=True) == space.teacher
-    both = space.shrink_within(space.teacher, half, params=space.teacher.params // 5, macs=space.teacher.macs // 5)
+    halves = [0.5] * len(space.layers)
+    assert space.shrink_within(space.teacher, halves) == space.shrink(space.teacher, halves)
+    assert space.shrink_within(space.teacher, halves, grow=True) == space.teacher
+    both = space.shrink_within(space.teacher, halves, params=space.teacher.params // 5, macs=space.teacher.macs // 5)
     assert both.params <= space.teacher.params // 5
     assert both.macs <= space.teacher.macs // 5
-    for wrong in ([0.0, *half[1:]], [1.5, *half[1:]], half[1:]):
-        for grow in (False, True):
-            with pytest.raises(ValueError, match="channels"):
-                space.shrink_within(space.teacher, wrong, params=1, grow=grow)
 
 
 @pytest.mark.parametrize("objective", ["params", "macs"])
@@ -388,79 +293,48 @@ def test_tilted_ratios_of_a_chain_let_the_layers_cost_the_same() -> None:
     """Three convolutions of 3x3 between 8, 16 and 32 channels: what halving a width saves is known."""
     net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 32, 3), nn.Conv2d(32, 4, 3))
     space = ArchitectureSpace(net, torch.randn(1, 8, 16, 16))
-    saved = [
-        9 * (4 * 8 + 4 * 16) + 4,
-        9 * (8 * 8 + 8 * 32) + 8,
-        9 * (16 * 16 + 16 * 4) + 16,
-    ]
-    expected = [(saved[0] / found) ** 0.5 for found in saved]
-    assert space.tilted(0.5)[:3] == pytest.approx(expected)
-    assert space.tilted(0.5)[3] == 1
-
-
-@pytest.mark.parametrize("name", ["chain", "cifar_resnet", "bottlenecks", "resnext", "mobile", "dense"])
-@given(SEEDS)
-@settings(deadline=None, max_examples=10)
-def test_remove_and_shrink_in_any_order_give_students_that_run(name: str, seed: int) -> None:
-    space, rng = space_of(name), random.Random(seed)
-    arch = drawn(space, seed)
-    try:
-        arch = space.remove(arch, [rng.random() < 0.8 for _ in space.layers])
-    except DegenerateArchitecture:
-        return
-    check_costs(name, space.shrink(arch, [rng.choice(RATIOS) for _ in space.layers]))
+    saved = [9 * (4 * 8 + 4 * 16) + 4, 9 * (8 * 8 + 8 * 32) + 8, 9 * (16 * 16 + 16 * 4) + 16]
+    assert space.tilted(0.5) == pytest.approx([*((saved[0] / of_layer) ** 0.5 for of_layer in saved), 1])
 
 
 def check_choices(space: ArchitectureSpace, arch: Architecture) -> None:
-    count = len(space.layers)
+    """What `choices` says is what changing one ratio does."""
     channels, kernels = space.choices(arch)
-    assert len(channels) == len(kernels) == count
-    ones = [1.0] * count
-    for i, layer in enumerate(space.layers):
-        flipped = [0.1 if j == i else 1.0 for j in range(count)]
-        assert (space.shrink(arch, flipped, ones) != arch) == channels[i], layer.name
-        assert (space.shrink(arch, ones, flipped) != arch) == kernels[i], layer.name
+    ones = [1.0] * len(space.layers)
+    for i, (layer, width, kernel) in enumerate(zip(space.layers, channels, kernels, strict=True)):
+        changed = [*ones[:i], 0.1, *ones[i + 1 :]]
+        assert (space.shrink(arch, changed, ones) != arch) == width, layer.name
+        assert (space.shrink(arch, ones, changed) != arch) == kernel, layer.name
 
 
 @pytest.mark.parametrize("name", [*SMALL, "resnet18", "mobilenet_v2"])
 def test_choices_are_exactly_the_entries_that_change_something(name: str) -> None:
-    check_choices(space_of(name), space_of(name).teacher)
+    space = space_of(name)
+    check_choices(space, space.teacher)
+    least = even(space, 0.001, 0.1)
+    assert not any(any(choices) for choices in space.choices(least))
+    check_choices(space, least)
 
 
-@pytest.mark.parametrize("name", ["chain", "vgg_size", "cifar_resnet", "bottlenecks", "mobile"])
+@pytest.mark.parametrize("name", SMALL)
 @given(SEEDS)
 @settings(deadline=None, max_examples=10)
-def test_choices_after_removal(name: str, seed: int) -> None:
-    rng, space = random.Random(seed), space_of(name)
-    check_choices(space, removed(space, [rng.random() < 0.6 for _ in space.layers]))
-
-
-@pytest.mark.parametrize("name", ["chain", "cifar_resnet"])
-def test_a_group_of_one_channel_leaves_no_choice(name: str) -> None:
-    space = space_of(name)
-    check_choices(space, space.shrink(space.teacher, [0.05] * len(space.layers)))
+def test_choices_of_any_architecture(name: str, seed: int) -> None:
+    check_choices(space_of(name), drawn(space_of(name), seed))
 
 
 def test_a_map_that_a_removed_linear_layer_left_one_channel_leaves_no_choice() -> None:
-    space = space_of("vgg_size")  # 20 hidden units hold one channel of 16 positions
+    space = space_of("vgg_size")  # 20 hidden units make one channel of 16 positions
     check_choices(space, space.remove(space.teacher, without(space, "fc1")))
-
-
-def test_kernels_at_their_smallest_leave_no_choice() -> None:
-    space = space_of("chain")
-    ones = [1.0] * 16
-    arch = space.shrink(space.teacher, ones, [0.1] * 16)
-    assert not any(space.choices(arch)[1])
-    check_choices(space, arch)
 
 
 # Kernels
 
 
-def conv_net(conv: nn.Conv2d) -> nn.Sequential:
+def conv_net(conv: nn.Conv2d) -> ArchitectureSpace:
     torch.manual_seed(0)
-    first = nn.Conv2d(3, conv.in_channels, 1)
-    return settle(nn.Sequential(first, conv, nn.ReLU(), nn.Conv2d(conv.out_channels, 10, 1)))  # type: ignore[return-value]
+    first, last = nn.Conv2d(3, conv.in_channels, 1), nn.Conv2d(conv.out_channels, 10, 1)
+    return ArchitectureSpace(settle(nn.Sequential(first, conv, nn.ReLU(), last)), images())
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])
@@ -481,36 +355,24 @@ def conv_net(conv: nn.Conv2d) -> nn.Sequential:
         ({"kernel_size": 5, "padding": "valid"}, 0.1, 5, "valid"),
         ({"kernel_size": 4, "padding": 2}, 0.1, 4, 2),
         ({"kernel_size": 5, "padding": 2, "groups": 4}, 0.6, 3, 1),
+        ({"kernel_size": (1, 7), "padding": (0, 3)}, 0.5, (1, 3), (0, 1)),
     ],
     ids=str,
 )
-def test_a_kernel_is_cropped_at_its_centre_and_padding_follows(
-    arguments: dict, ratio: float, kernel: int, padding: int | str, mode: str
-) -> None:
-    net = conv_net(nn.Conv2d(8, 8, **arguments, padding_mode=mode))
-    space = ArchitectureSpace(net, images())
-    arch = space.shrink(space.teacher, [1.0] * len(space.layers), [ratio] * len(space.layers))
-    student = space.build(arch)
-    before, after = net[1], student.get_submodule("1")
-    assert after.kernel_size == (kernel, kernel)
-    assert after.padding == (padding if isinstance(padding, str) else (padding, padding))
-    cut = (before.kernel_size[0] - kernel) // 2
-    end = before.kernel_size[0] - cut
-    assert torch.equal(after.weight, before.weight[:, :, cut:end, cut:end])
-    assert student(images()).shape == net(images()).shape
-    assert arch.params == sum(p.numel() for p in student.parameters())
+def test_a_kernel_is_cropped_at_its_centre_and_padding_follows(arguments, ratio, kernel, padding, mode) -> None:
+    before = nn.Conv2d(8, 8, **arguments, padding_mode=mode)
+    space = conv_net(before)
+    student = built(space, even(space, 1.0, ratio))
+    after = student.get_submodule("1")
     reference = nn.Conv2d(8, 8, **{**arguments, "kernel_size": kernel, "padding": padding}, padding_mode=mode)
+    assert (after.kernel_size, after.padding) == (reference.kernel_size, reference.padding)
+    height, width = after.kernel_size
+    top, left = (before.kernel_size[0] - height) // 2, (before.kernel_size[1] - width) // 2
+    assert torch.equal(after.weight, before.weight[:, :, top : top + height, left : left + width])
+    assert outputs(student).shape == outputs(space.build(space.teacher)).shape
     reference.load_state_dict(after.state_dict())
     x = torch.randn(2, 8, 12, 12, generator=torch.Generator().manual_seed(0))
     assert torch.equal(after(x), reference(x))
-
-
-def test_a_kernel_crops_each_dimension_for_itself() -> None:
-    space = ArchitectureSpace(conv_net(nn.Conv2d(8, 8, (1, 7), padding=(0, 3))), images())
-    student = space.build(space.shrink(space.teacher, [1.0] * 4, [0.5] * 4))
-    assert student.get_submodule("1").kernel_size == (1, 3)
-    assert student.get_submodule("1").padding == (0, 1)
-    assert student(images()).shape == (2, 10, 16, 16)
 
 
 def test_kernels_are_left_alone_unless_asked_for() -> None:
@@ -521,88 +383,57 @@ def test_kernels_are_left_alone_unless_asked_for() -> None:
     assert arch.widths == space.teacher.widths
 
 
+# Spaces
+
+
+def test_a_convolution_that_changes_the_resolution_stays() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 10, 3))
+    assert not any(layer.removable for layer in ArchitectureSpace(net, images()).layers)
+
+
 def test_building_the_space_of_a_student() -> None:
     """Stage 2's space is made from stage 1's student."""
-    space = ArchitectureSpace(make("cifar_resnet"), images())
+    space = space_of("cifar_resnet")
     arch = space.shrink(space.remove(space.teacher, without(space, "layer1.0.conv1")), [0.5] * len(space.layers))
     student = space.build(arch)
     second = ArchitectureSpace(student, images())
-    assert second.teacher.params == arch.params
-    assert second.teacher.macs == arch.macs
-    assert torch.equal(second.build(second.teacher)(images()), student(images()))
-    smaller = second.shrink(second.teacher, [0.5] * len(second.layers))
-    assert second.build(smaller)(images()).shape == (2, 10)
+    assert (second.teacher.params, second.teacher.macs) == (arch.params, arch.macs)
+    assert torch.equal(outputs(second.build(second.teacher)), outputs(student))
+    built(second, even(second, 0.5))
 
 
-def test_a_copied_space_builds_the_same_students():
+def test_a_copied_space_builds_the_same_students() -> None:
     space = space_of("cifar_resnet")
-    arch = space.shrink(space.teacher, [0.5] * len(space.layers))
-    x = images()
-    with torch.no_grad():
-        assert torch.equal(copy.deepcopy(space).build(arch)(x), space.build(arch)(x))
+    arch = even(space, 0.5)
+    assert torch.equal(outputs(copy.deepcopy(space).build(arch)), outputs(space.build(arch)))
 
 
-class ScaledTwice(nn.Module):
+def test_a_scale_read_twice_is_left_alone() -> None:
     """A parameter that scales channels at two places is one parameter: it stays where it is, at full width."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
-        self.scale, self.fc = nn.Parameter(torch.rand(6, 1, 1)), nn.Linear(6, 4)
-
-    def forward(self, x):
-        return self.fc((self.second(self.first(x) * self.scale) * self.scale).mean((2, 3)))
-
-
-def test_a_scale_read_twice_is_left_alone():
-    teacher, x = ScaledTwice().eval(), torch.randn(2, 3, 8, 8)
-    space = ArchitectureSpace(teacher, x)
-    assert sum(p.numel() for p in teacher.parameters()) == space.teacher.params
-    with torch.no_grad():
-        assert torch.equal(space.build(space.teacher)(x), teacher(x))
-        assert space.build(space.shrink(space.teacher, [0.5] * len(space.layers)))(x).shape == (2, 4)
-
-
-@pytest.mark.parametrize("name", [*SMALL, *LARGE, "regnet_y_800mf"])
-def test_a_removable_layer_can_be_removed_alone(name):
-    space = space_of(name)
-    for i, layer in enumerate(space.layers):
-        if layer.removable:
-            space.remove(space.teacher, [k != i for k in range(len(space.layers))])
-
-
-# Hardware rounding
+    scale = nn.Parameter(torch.rand(8, 1, 1))
+    net = Written(lambda net, x: net.conv(x * net.scale) * net.scale, conv=nn.Conv2d(8, 8, 1), scale=scale).eval()
+    space = ArchitectureSpace(net, images())
+    assert torch.equal(outputs(built(space, space.teacher)), outputs(net))
+    assert outputs(built(space, even(space, 0.5))).shape == (2, 10)
 
 
 @pytest.mark.parametrize("name", ["chain", "cifar_resnet", "resnext", "mobile", "dense", "shuffled", "resnet18"])
 @pytest.mark.parametrize("step", [2, 4, 8])
 def test_rounded_widths_are_multiples_or_the_teachers_own(name: str, step: int) -> None:
     space = ArchitectureSpace(teacher_of(name), images(name), round_to=step)
-    count = len(space.layers)
-    whole = {layer.name: layer.out_channels for layer in space.layers}
+    chosen = space.choices(space.teacher)[0]
     for ratio in (0.1, 0.3, 0.5, 0.8):
-        arch = space.shrink(space.teacher, [ratio] * count)
-        student = space.build(arch)
-        chosen = space.choices(space.teacher)[0]
-        for layer, chooses in zip(space.layers, chosen, strict=True):
-            if layer.kind in ("conv", "linear") and not chooses:
-                continue
-            module = student.get_submodule(layer.name)
-            width = getattr(module, "out_channels", getattr(module, "out_features", None))
-            assert width is None or width % step == 0 or width == whole[layer.name], layer.name
-            assert not chooses or ratio > 0.1 or width < whole[layer.name]
-        student(images(name))
-        fine = space.unrounded().shrink(space.teacher, [ratio] * count)
-        assert fine == space_of(name).shrink(space_of(name).teacher, [ratio] * count)
-    assert space.shrink(space.teacher, [1.0] * count) == space.teacher
+        arch = even(space, ratio)
+        built(space, arch, name)
+        for layer, chooses, width in zip(space.layers, chosen, space.widths(arch), strict=True):
+            if chooses or layer.kind == "depthwise":
+                assert width % step == 0 or width == layer.out_channels, layer.name
+            assert not chooses or ratio > 0.1 or width < layer.out_channels
+        assert even(space.unrounded(), ratio) == even(space_of(name), ratio)
+    assert even(space, 1.0) == space.teacher
 
 
 def test_a_width_below_the_step_is_no_choice() -> None:
     space = ArchitectureSpace(teacher_of("chain"), images(), round_to=8)
     chosen = [layer.name for layer, can in zip(space.layers, space.choices(space.teacher)[0], strict=True) if can]
     assert chosen == [layer.name for layer in space.layers if layer.kind == "conv" and layer.out_channels > 8]
-
-
-def test_a_step_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="round_to: expected at least 1, got 0"):
-        ArchitectureSpace(teacher_of("chain"), images(), round_to=0)

@@ -21,8 +21,8 @@ def as_products(model: nn.Module, device: torch.device) -> Iterator[None]:
 
     What they compute stays the same but for rounding.
     """
-    convs = [conv for conv in model.modules() if isinstance(conv, nn.Conv2d) and _is_product(conv)]
-    convs = convs if device.type == "cuda" else []
+    modules = model.modules() if device.type == "cuda" else ()
+    convs = [conv for conv in modules if isinstance(conv, nn.Conv2d) and _is_product(conv)]
     for conv in convs:
         conv.forward = functools.partial(convolve, conv)  # type: ignore[method-assign]
     try:

@@ -7,7 +7,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_args, get_origin
 
 from n2n_fast.files.errors import BadInput
-from n2n_fast.networks.space import INITS, SALIENCIES
+from n2n_fast.networks.space import IMPORTANCES, INITS
 from n2n_fast.search.reward import OBJECTIVES
 
 STAGES = {"both": ("removal", "shrinkage"), "removal": ("removal",), "shrinkage": ("shrinkage",)}
@@ -55,8 +55,8 @@ class SearchConfig:
     final_epochs: float = setting(10.0, "Epochs for the best students of the last stage.", AMOUNT)
     keep_top: int = setting(2, "Best students trained fully; the best by validation is the result.", COUNT)
     init: str = setting("fitted", "Weights from which students start.", one_of(*INITS))
-    saliency: str | None = setting(
-        None, "Importance by which channels are kept; none: activations where weights are fitted.", one_of(*SALIENCIES)
+    importance: str | None = setting(
+        None, "Importance by which channels are kept; none: activations where weights are fitted.", one_of(*IMPORTANCES)
     )
     batch_size: int = setting(128, "Images per training step.", COUNT)
     learning_rate: float = setting(0.01, "Peak learning rate of a rollout's student.", POSITIVE)

@@ -48,10 +48,10 @@ class Teacher:
 
 def space_of(teacher: nn.Module, calibration: Tensor, config: SearchConfig) -> ArchitectureSpace:
     """The space of a teacher, or of an earlier stage's student; calibration: images (N, C, H, W)."""
-    looks = config.init == "fitted" or config.saliency == "activations"
+    looks = config.init == "fitted" or config.importance == "activations"
     images = calibration if looks else None
     return ArchitectureSpace(
-        teacher, calibration[:2], images, saliency=config.saliency, leaf=config.leaf, round_to=config.round_to
+        teacher, calibration[:2], images, importance=config.importance, leaf=config.leaf, round_to=config.round_to
     )
 
 
