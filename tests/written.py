@@ -184,6 +184,7 @@ WRITTEN: dict[str, Case] = {
     "split_attention": operation(SplitAttention, 12, "stem inner operation.both operation.down last"),
     "sum_of_halves": function(lambda x: x.view(x.shape[0], 2, x.shape[1] // 2, 16, 16).sum(1), 6),
     "tensor_split": function(lambda x: torch.sub(*[torch.tensor_split(x, 2, 1)[i] for i in (0, 1)]), 6),
+    "tensor_attribute": function(lambda x: x.flatten(2).mT.mT.reshape(x.shape)),
     "uneven_split": function(lambda x: torch.cat([torch.split(x, [4, 2, 6], 1)[i] for i in (2, 0, 1)], 1)),
     "ghost": case(ghost, "stem made last", made=lambda: conv(8, 6, 1), cheap=lambda: conv(6, 6, groups=6),
                   last=lambda: conv(8, 8)),

@@ -31,10 +31,10 @@ def follow_channels(
     numbers: dict[fx.Node, Any],
     pinned_nodes: Collection[str] = (),
 ) -> ChannelLabels:
-    """Label the channels of every tensor of the graph, whose sizes that are written as numbers become relative.
+    """Label the channels of every tensor. Views, flattens and slices are rewritten so that they fit narrower students.
 
-    shapes, numbers: of the graph's nodes, for one example. pinned_nodes: names of nodes that are not to be understood,
-    and paths of such modules.
+    shapes, numbers: of the graph's nodes, for one example. pinned_nodes: names of nodes, and paths of modules, whose
+    inputs and outputs stay at full width.
     """
     labels = ChannelLabels(traced, shapes, numbers)
     for node in traced.graph.nodes:
@@ -130,7 +130,7 @@ def _check_norm(labels: ChannelLabels, node: fx.Node, module: nn.Module, value: 
 
 def _function(labels: ChannelLabels, node: fx.Node, *, pinned: bool) -> Channels | None:
     read = labels.read_by(node)
-    if node in labels.numbers or node.target in ("size", "dim", getattr) or not read:
+    if node in labels.numbers or not read:
         return None
     if pinned:
         labels.pins += [value.labels for value in _sized_by(labels, node)]
