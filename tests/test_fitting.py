@@ -125,6 +125,17 @@ def test_fitted_students_are_nearer_to_the_teacher_than_sliced_ones(ratio):
     assert fitted < 0.9 * sliced
 
 
+def test_a_layer_without_a_bias_or_norm_makes_up_for_the_means_that_are_lost():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 10, 1, bias=False))
+    net[0].bias.data += 1
+    space = space_of(net)
+    sliced, fitted = (
+        apart(space.build(even(space, 0.5), init), net, images(16, seed=9)) for init in ("sliced", "fitted")
+    )
+    assert fitted < 0.6 * sliced
+
+
 @pytest.mark.parametrize("groups", [4, 8])
 def test_grouped_convolutions_take_up_removed_maps_of_their_groups(groups):
     net = networks.settle(
