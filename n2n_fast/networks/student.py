@@ -118,14 +118,12 @@ class StudentFactory:
             chosen = [k for k, slot in enumerate(slots) if arch.keep[slot.layer]]
             kernels = cropped_kernels(bank, arch, [(k, slots[k].layer) for k in chosen])
             for k, tensor in zip(chosen, bank.materialize(np.array(chosen), kept, kernels), strict=True):
-                slot, layer = slots[k], layers[slots[k].layer]
-                shaped = (
-                    tensor.view(*tensor.shape[:2], *slot.tensor.shape[2:]) if slot.tensor.ndim in (3, 5) else tensor
-                )
+                slot, whole = slots[k], slots[k].tensor.shape[2:]
+                own = tensor.view(*tensor.shape[:2], *whole) if len(whole) in (1, 3) else tensor
                 if slot.is_parameter:
-                    layer._parameters[slot.name] = nn.Parameter(shaped)
+                    layers[slot.layer]._parameters[slot.name] = nn.Parameter(own)
                 else:
-                    layer._buffers[slot.name] = shaped
+                    layers[slot.layer]._buffers[slot.name] = own
         student = _clone(traced.module, "", dict(zip(traced.names, layers, strict=True)))
         type(student).forward = type(traced.module).forward  # every GraphModule has a class of its own
         return student  # type: ignore[return-value]
