@@ -127,7 +127,7 @@ __device__ A gradient(const Row<T>& row, const RowResult<A>& result, A student, 
   return row.has_label() ? slope : static_cast<A>(NAN);
 }
 
-// A row held in registers: `kEach` logits a thread, classes <= kEach * Group::kThreads.
+// A row in registers: `kEach` logits a thread, classes <= kEach * Group::kThreads.
 template <class T, class Group, int kEach>
 struct Resident {
   using A = Precise<T>;
@@ -152,10 +152,10 @@ struct Resident {
   }
 
   __device__ int reaches_before(const Group& group, const Row<T>& row, A value) const {
-    int found = 0;
+    int reached = 0;
 #pragma unroll
-    for (int k = 0; k < kEach; ++k) found |= group.rank() + k * Group::kThreads < row.label && student[k] == value;
-    return found;
+    for (int k = 0; k < kEach; ++k) reached |= group.rank() + k * Group::kThreads < row.label && student[k] == value;
+    return reached;
   }
 
   __device__ void write(const Group& group, const Row<T>& row, const RowResult<A>& result, A hit, A pull,
@@ -189,9 +189,9 @@ struct Streamed {
   }
 
   __device__ int reaches_before(const Group& group, const Row<T>& row, A value) const {
-    int found = 0;
-    for (int64_t c = group.rank(); c < row.label; c += Group::kThreads) found |= widen(row.student[c]) == value;
-    return found;
+    int reached = 0;
+    for (int64_t c = group.rank(); c < row.label; c += Group::kThreads) reached |= widen(row.student[c]) == value;
+    return reached;
   }
 
   __device__ void write(const Group& group, const Row<T>& row, const RowResult<A>& result, A hit, A pull,

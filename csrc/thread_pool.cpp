@@ -65,7 +65,7 @@ class Pool {
     }
   }
 
-  std::mutex turn_;  // held by the one caller whose job runs
+  std::mutex turn_;  // of the one caller whose job runs
   std::mutex mutex_;
   std::condition_variable wake_, idle_;
   Job* job_ = nullptr;

@@ -69,7 +69,8 @@ def materialize(
     if on_short_path([*weights, *keep_out, *keep_in, flat]):
         _fill(flat, layout, weights, keep_out, keep_in)
         return _detached_views(flat, layout)
-    sides = [side for size in kernel_size or [None] * len(weights) for side in size or (0, 0)]
+    kernels = [None] * len(weights) if kernel_size is None else kernel_size
+    sides = [side for size in kernels for side in size or (0, 0)]
     torch.ops.n2n_fast.materialize([w.detach() for w in weights], list(keep_out), list(keep_in), sides, flat)
     return _views(flat, layout)
 
