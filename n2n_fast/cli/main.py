@@ -112,25 +112,12 @@ quiet_option = option("--quiet", "Show no progress, only warnings and the result
 run_argument = click.argument("directory", metavar="RUN", type=FILE)
 
 
-def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if wanted:
-        click.echo(version())
-        context.exit()
-
-
 @click.group(
     cls=Group,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-@click.option(
-    "--version",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_version,
-    help="Show the version, and what was built.",
-)
+@click.version_option(message=version(), help="Show the version, and what was built.")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Compress a trained CNN into a much smaller one by N2N learning.
@@ -178,7 +165,8 @@ def run(context: click.Context, /, **options: Any) -> int:
     Without --teacher a small ResNet is trained on the data first. --resume DIR needs no other options. n2n-fast run
     --help-all shows every option and setting.
     """
-    config = _config(context, options)
+    defaults = {**PROTOCOLS[options["protocol"]], **(DIGITS_DEFAULTS if options["data"] == DIGITS else {})}
+    config = SearchConfig(**{**defaults, **given_settings(context)})
     start, out = time.perf_counter(), options["resume"] or options["out"] or _free_directory()
     curves = Curves(out, config.rollouts) if options["tensorboard"] else None
     if options["policy"] is not None:
@@ -198,22 +186,14 @@ def run(context: click.Context, /, **options: Any) -> int:
     return _conclude(result, options["json"], time.perf_counter() - start)
 
 
-def _config(context: click.Context, options: dict[str, Any]) -> SearchConfig:
-    """The settings that were given, over those that suit the protocol and the data."""
-    defaults = {**PROTOCOLS[options["protocol"]], **(DIGITS_DEFAULTS if options["data"] == DIGITS else {})}
-    return SearchConfig(**{**defaults, **given_settings(context)})
-
-
 def _search(
     model: nn.Module, images: ImageData, config: SearchConfig, out: Path, bar: Bar, options: dict[str, Any]
 ) -> Result:
-    noted = {name: _plain(value) for name, value in options.items() if name not in (*OF_ONE_CALL, *SETTINGS)}
-    resume, policies, workers = options["resume"] is not None, options["policy"], _workers(options)
+    command = {name: _plain(value) for name, value in options.items() if name not in (*OF_ONE_CALL, *SETTINGS)}
+    more = {"resume": options["resume"] is not None, "policies": options["policy"], "workers": _workers(options)}
     try:
         with bar.stops_by_signals():
-            return compress(
-                model, images, config, out, bar, resume=resume, policies=policies, workers=workers, command=noted
-            )
+            return compress(model, images, config, out, bar, **more, command=command)
     except DeviceFault as fault:
         if not (out / "config.json").is_file():
             raise
