@@ -13,9 +13,11 @@ import torch
 import hostile
 import n2n_fast
 from n2n_fast.cli import main
+from n2n_fast.files.safe_load import read_tensors
 from n2n_fast.search.config import SETTINGS
 from n2n_fast.training.distill import seeded
-from n2n_fast.training.teachers import create, load_state_dict_file, train_teacher
+from n2n_fast.training.teacher_files import load_teacher
+from n2n_fast.training.teachers import create, train_teacher
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures by /proc")]
 SECONDS, BYTES = 10, 2 << 30
@@ -128,7 +130,7 @@ def test_payloads_are_live(tmp_path, finished):
 
 
 def test_teachers(suffer, place, teacher):
-    files = hostile.teachers(load_state_dict_file(teacher), place / "marker")
+    files = hostile.teachers(read_tensors(teacher), place / "marker")
     assert len(files) > 70
     suffer({name: ("run", "--teacher", path) for name, path in written(place / "teachers", files).items()})
 
@@ -139,7 +141,7 @@ def test_legacy_files_and_wrapped_states_are_still_read(tmp_path, teacher):
     torch.save(wrapped, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     torch.save(wrapped, tmp_path / "new.pt")
     for name in ("old.pt", "new.pt"):
-        assert all(torch.equal(value, state[key]) for key, value in load_state_dict_file(tmp_path / name).items())
+        assert all(torch.equal(value, state[key]) for key, value in load_teacher(tmp_path / name).state_dict().items())
 
 
 def test_data_sets(suffer, place, teacher):

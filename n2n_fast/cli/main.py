@@ -169,6 +169,7 @@ def run(context: click.Context, /, **options: Any) -> int:
     config = SearchConfig(**{**defaults, **given_settings(context)})
     start, out = time.perf_counter(), options["resume"] or options["out"] or _free_directory()
     curves = Curves(out, config.rollouts) if options["tensorboard"] else None
+    workers = _workers(options)
     if options["policy"] is not None:
         read_policies(options["policy"])  # before a teacher is trained, and in a dry run
     model, images = _teacher_and_data(options, config.seed)
@@ -178,7 +179,7 @@ def run(context: click.Context, /, **options: Any) -> int:
         return 0
     with Bar(options["quiet"], curves) as bar:
         try:
-            result = _search(model, images, config, out, bar, options)
+            result = _search(model, images, config, out, bar, workers, options)
         except Interrupted as stopped:  # here, since click knows a KeyboardInterrupt alone
             click.echo(f"interrupted; go on with: n2n-fast run --resume {stopped}", err=True)
             return INTERRUPTED
@@ -187,13 +188,19 @@ def run(context: click.Context, /, **options: Any) -> int:
 
 
 def _search(
-    model: nn.Module, images: ImageData, config: SearchConfig, out: Path, bar: Bar, options: dict[str, Any]
+    model: nn.Module,
+    images: ImageData,
+    config: SearchConfig,
+    out: Path,
+    bar: Bar,
+    workers: Workers | None,
+    options: dict[str, Any],
 ) -> Result:
     command = {name: _plain(value) for name, value in options.items() if name not in (*OF_ONE_CALL, *SETTINGS)}
-    more = {"resume": options["resume"] is not None, "policies": options["policy"], "workers": _workers(options)}
+    more = {"resume": options["resume"] is not None, "policies": options["policy"]}
     try:
         with bar.stops_by_signals():
-            return compress(model, images, config, out, bar, **more, command=command)
+            return compress(model, images, config, out, bar, **more, workers=workers, command=command)
     except DeviceFault as fault:
         if not (out / "config.json").is_file():
             raise
