@@ -271,7 +271,7 @@ def _of_run(path: Path, context: click.Context, resume: bool = False) -> dict[st
         noted = {
             name: _as_given(param, _checked(param, values[name]))
             for name, param in known.items()
-            if name not in (*OF_ONE_CALL, "out") and (param.callback is _parsed or values.get(name) is not None)
+            if name not in OF_ONE_CALL and (param.callback is _parsed or values.get(name) is not None)
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = first_line(error)
@@ -279,6 +279,7 @@ def _of_run(path: Path, context: click.Context, resume: bool = False) -> dict[st
     if resume and not isinstance(command, dict):
         raise BadInput(f"{path.parent}: was not begun by n2n-fast run; go on from Python, compress(resume=True)")
     context.meta["run"] = path
+    noted.pop("out", None)  # another run's directory
     return noted
 
 
