@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from n2n_fast.cli import report, tables
+from n2n_fast.cli.evaluate import student_accuracy
 from n2n_fast.cli.export import SUFFIXES, export
 from n2n_fast.cli.options import (
     OF_ONE_CALL,
@@ -29,13 +30,13 @@ from n2n_fast.cli.options import (
     version,
 )
 from n2n_fast.cli.progress import TENSORBOARD, Bar, Curves
-from n2n_fast.files.errors import BadInput, DeviceFault, first_line, raise_device_fault, telling_device_faults
+from n2n_fast.files.errors import BadInput, DeviceFault, telling_device_faults
 from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.search.checkpoint import Interrupted, read_settings
+from n2n_fast.search.checkpoint import Interrupted
 from n2n_fast.search.config import PROTOCOLS, SETTINGS, SearchConfig
 from n2n_fast.search.plan import plan
 from n2n_fast.search.reinforce import compress, read_policies
-from n2n_fast.search.result import Result, load_student
+from n2n_fast.search.result import Result
 from n2n_fast.search.workers import Workers
 from n2n_fast.training import teacher_files, teachers
 from n2n_fast.training.data import ImageData, accuracy
@@ -337,13 +338,9 @@ def _inspected(options: dict[str, Any]) -> tuple[nn.Module, torch.Tensor]:
 @json_option
 def evaluate(directory: Path, data: str | None, download: bool, device: torch.device, **options: Any) -> None:
     """Measure the accuracy of a run's student on the test split of its data, preprocessed as in the run."""
-    student = load_student(directory).to(device)
-    own, preprocessing = _data_settings(directory)
-    images = load(data or own, **preprocessing, download=download, device=device)
-    split, name = (images.validation, "validation") if images.test is None else (images.test, "test")
-    share = _exported_accuracy(student, images, split)
-    content = {"data": images.name, "split": name, "images": len(split), "accuracy": share}
-    _tell(options["json"], content, f"{name} accuracy {share:.2%} on {len(split)} images of {images.name}")
+    content = student_accuracy(directory, data, download, device)
+    text = "{split} accuracy {accuracy:.2%} on {images} images of {data}".format(**content)
+    _tell(options["json"], content, text)
 
 
 @cli.command("report", example="n2n-fast report runs/1")
@@ -367,44 +364,6 @@ def export_command(directory: Path, **options: Any) -> None:
 
 
 # What the commands are made of
-
-
-def _exported_accuracy(student: nn.Module, images: ImageData, split: Any) -> float:
-    """Accuracy of an exported module, which has no modes to switch; BadInput where it does not take the images."""
-    correct = 0
-    for batch, labels in split.batches(512):
-        logits = _logits(student, batch)
-        if logits.shape[1] != images.classes:
-            raise BadInput(f"the student tells {logits.shape[1]} classes apart, {images.name} has {images.classes}")
-        correct += int((logits.argmax(1) == labels).sum())
-    return correct / len(split)
-
-
-@torch.no_grad()
-def _logits(student: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    try:
-        logits = student(batch)
-    except Exception as error:  # noqa: BLE001 - a student from a file can be any program
-        raise_device_fault(error)
-        raise BadInput(f"the student does not take images of {tuple(batch.shape)} ({first_line(error)})") from None
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(batch):
-        raise BadInput("the student gives no logits; give the run of another")
-    return logits
-
-
-def _data_settings(directory: Path) -> tuple[str, dict[str, Any]]:
-    """What a run's config.json says of its data: its name, and how images are preprocessed."""
-    try:
-        settings = read_settings(directory)["data"]
-        name, how = settings["name"], {key: settings[key] for key in ("image_size", "channels", "mean", "std")}
-        sizes, numbers = (how["image_size"], how["channels"]), (*how["mean"], *how["std"])
-        if not isinstance(name, str) or not all(type(size) is int for size in sizes):
-            raise TypeError
-        if not (how["mean"] and how["std"] and all(type(n) in (int, float) and abs(n) < 1e9 for n in numbers)):
-            raise TypeError
-    except (KeyError, TypeError):
-        raise BadInput(f"{directory / 'config.json'}: not written by n2n-fast run") from None
-    return name, how
 
 
 def _load(options: dict[str, Any], seed: int, channels: int | None) -> ImageData:
