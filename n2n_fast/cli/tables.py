@@ -78,21 +78,8 @@ def layer_table(space: ArchitectureSpace) -> str:
         groups = "+".join(map(str, layer.groups[:3])) + ("+..." if len(layer.groups) > 3 else "")
         removable = "yes" if layer.removable else f"no: {layer.note}"
         width = "chosen" if chooses else layer.width_note or "too narrow to shrink"
-        fit = f"sliced: {layer.fit_note}" if layer.fit_note else ""
-        rows.append(
-            (
-                layer.name,
-                layer.kind,
-                *sizes,
-                str(layer.out_channels),
-                skip,
-                groups,
-                removable,
-                width,
-                "yes" if crops else "",
-                fit,
-            )
-        )
+        notes = (removable, width, "yes" if crops else "", f"sliced: {layer.fit_note}" if layer.fit_note else "")
+        rows.append((layer.name, layer.kind, *sizes, str(layer.out_channels), skip, groups, *notes))
     return _aligned(rows, left=(0, 1, 8, 9, 11))
 
 
