@@ -1,8 +1,10 @@
 """The commands; the work is done elsewhere."""
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -170,7 +172,7 @@ def run(context: click.Context, /, **options: Any) -> int:
     config = SearchConfig(**{**defaults, **given_settings(context)})
     start, out = time.perf_counter(), options["resume"] or options["out"] or _free_directory()
     curves = Curves(out, config.rollouts) if options["tensorboard"] else None
-    workers = _workers(options)
+    more = {"resume": options["resume"] is not None, "policies": options["policy"], "workers": _workers(options)}
     if options["policy"] is not None:
         read_policies(options["policy"])  # before a teacher is trained, and in a dry run
     model, images = _teacher_and_data(options, config.seed)
@@ -178,9 +180,11 @@ def run(context: click.Context, /, **options: Any) -> int:
         found = plan(model, images, config)
         _tell(options["json"], asdict(found), tables.plan_table(found))
         return 0
+    command = {name: _plain(value) for name, value in options.items() if name not in (*OF_ONE_CALL, *SETTINGS)}
     with Bar(options["quiet"], curves) as bar:
         try:
-            result = _search(model, images, config, out, bar, workers, options)
+            with bar.stops_by_signals(), _telling_how_to_go_on(out):
+                result = compress(model, images, config, out, bar, **more, command=command)
         except Interrupted as stopped:  # here, since click knows a KeyboardInterrupt alone
             click.echo(f"interrupted; go on with: n2n-fast run --resume {stopped}", err=True)
             return INTERRUPTED
@@ -188,20 +192,11 @@ def run(context: click.Context, /, **options: Any) -> int:
     return _conclude(result, options["json"], time.perf_counter() - start)
 
 
-def _search(
-    model: nn.Module,
-    images: ImageData,
-    config: SearchConfig,
-    out: Path,
-    bar: Bar,
-    workers: Workers | None,
-    options: dict[str, Any],
-) -> Result:
-    command = {name: _plain(value) for name, value in options.items() if name not in (*OF_ONE_CALL, *SETTINGS)}
-    more = {"resume": options["resume"] is not None, "policies": options["policy"]}
+@contextlib.contextmanager
+def _telling_how_to_go_on(out: Path) -> Iterator[None]:
+    """Within it, a fault of the device names the run directory that was begun, if one was."""
     try:
-        with bar.stops_by_signals():
-            return compress(model, images, config, out, bar, **more, workers=workers, command=command)
+        yield
     except DeviceFault as fault:
         if not (out / "config.json").is_file():
             raise
