@@ -7,17 +7,17 @@ import numpy as np
 from torch import Tensor, fx, nn
 
 from n2n_fast.files.errors import BadInput
-from n2n_fast.networks.architectures import Architectures
 from n2n_fast.networks.fitting import Calibration, WeightFitter
 from n2n_fast.networks.graph import Architecture, TracedTeacher
 from n2n_fast.networks.importance import activation_importance, l1_importance
 from n2n_fast.networks.student import StudentFactory
+from n2n_fast.networks.transitions import Transitions
 
 INITS = ("fitted", "sliced", "random")
 IMPORTANCES = ("activations", "l1")
 
 
-class ArchitectureSpace(Architectures):
+class ArchitectureSpace(Transitions):
     """All networks that removing and shrinking the layers of one teacher can give.
 
     teacher: nn.Module with one image input. example_input: (N, C, H, W), N >= 1, the images it will see.
@@ -92,7 +92,7 @@ def _narrowable(teacher: nn.Module, example: Tensor, leaf: Sequence[str], round_
     fixed: set[str] = set()
     while True:
         traced = TracedTeacher(teacher, example, leaf, fixed)
-        space = Architectures(traced, round_to)
+        space = Transitions(traced, round_to)
         factory = StudentFactory(traced, space.classes, l1_importance(traced))
         rng = np.random.default_rng(0)  # equal ratios would hide groups that ought to be one
         ratios = [rng.uniform(least, 1, len(space.layers)).tolist() for least in (0.05, 0.5)]

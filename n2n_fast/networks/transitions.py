@@ -16,7 +16,7 @@ NARROWEST = 1e-4  # factor of ratios, which leaves one channel everywhere
 HALVINGS = 12  # of the logarithms of the factors that are possible
 
 
-class Architectures:
+class Transitions:
     """All that removing and shrinking the layers of a traced teacher can give.
 
     layers: the teacher's. teacher: its own architecture. warnings: what of it was not understood.
