@@ -18,8 +18,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def test_a_product_is_the_convolution(kernel, stride, padding, dilation, bias):
     conv = nn.Conv2d(3, 5, kernel, stride, padding, dilation, bias=bias).double()
     x = torch.randn(2, 3, 11, 13, dtype=torch.float64)
-    for given in (x, x.contiguous(memory_format=torch.channels_last)):
-        torch.testing.assert_close(convolve(conv, given), conv(given))
+    for images in (x, x.contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(convolve(conv, images), conv(images))
 
 
 def test_what_cannot_be_a_product_is_left_alone(monkeypatch):
