@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from n2n_fast.networks.graph import Architecture
+
 Files = dict[str, bytes]
 ADDRESS_SPACE = 16 << 30  # that a bomb at most takes before it is refused memory
 MOST_SECONDS = 15  # of the processor, that one command gets
@@ -433,21 +435,20 @@ def configurations(marker: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def checkpoints(held: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """held: the checkpoint of a run in its first stage."""
-    stage = held["stage"]
+    (stage,) = held["stages"]
     wrong: tuple[Any, ...] = ("text", {"a": 3}, torch.zeros(2))
 
     def of_stage(**fields: Any) -> dict[str, Any]:
-        return {**held, "stage": {**stage, **fields}}
+        return {**held, "stages": [{**stage, **fields}]}
 
     for name in held:
         yield f"without {name}", {key: value for key, value in held.items() if key != name}
         for value in wrong:
             yield f"{name} of {str(value)[:9]}", {**held, name: value}
     for name in stage:
-        if name != "name":
-            yield f"stage without {name}", {**held, "stage": {k: v for k, v in stage.items() if k != name}}
-            for value in wrong[:1] if name in ("evaluated", "generator") else wrong[1:]:
-                yield f"stage's {name} of {str(value)[:9]}", of_stage(**{name: value})
+        yield f"stage without {name}", {**held, "stages": [{k: v for k, v in stage.items() if k != name}]}
+        for value in wrong[:1] if name in ("evaluated", "generator") else wrong[1:]:
+            yield f"stage's {name} of {str(value)[:9]}", of_stage(**{name: value})
     yield "history of 2**70", {**held, "history": 2**70}
     yield "NaN in the policy", of_stage(policy={k: v * float("nan") for k, v in stage["policy"].items()})
     yield "a policy of complex", of_stage(policy={k: v.to(torch.complex64) for k, v in stage["policy"].items()})
@@ -466,18 +467,13 @@ def checkpoints(held: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "evaluations nested deep", of_stage(evaluated="[" * 100_000)
     yield "a student that nobody knows", of_stage(finals=[["0" * 12, 0.5, {}]])
     yield "an anchor that nobody knows", of_stage(anchors=[["0" * 12, 0.5, None]])
-    yield "a stage done of nothing", {**held, "finished": [{}]}
-    yield "a stage done of numbers", {**held, "finished": [dict.fromkeys(DONE, 3)]}
-    yield "a stage done of text", {**held, "finished": [dict.fromkeys(DONE, "[]")]}
-    nothing = {"architecture": "{}", "student": {}, "policy": {}, "accuracies": [], "points": "[]"}
-    yield "a stage done without a student", {**held, "stage": None, "finished": [{"name": "removal", **nothing}]}
-    yield "a stage that another search has", {**held, "stage": None, "finished": [{"name": "third", **nothing}]}
-    yield "a stage at hand that is done", {**held, "finished": [{"name": "removal", **nothing}]}
-    yield "accuracies of text", {**held, "finished": [{"name": "removal", **nothing, "accuracies": [["1", "2"]]}]}
-    yield "points of another form", {**held, "finished": [{"name": "removal", **nothing, "points": "[{}]"}]}
+    yield "a stage done without a student", of_stage(done=True)
+    arch = Architecture.from_json(json.dumps(json.loads(stage["evaluated"])[0][0]))
+    yield "a stage done of nothing", of_stage(done=True, finals=[[arch.key, 0.5, {}]])
+    yield "a stage that another search has", of_stage(name="third")
+    yield "stages of nothing", {**held, "stages": [{}]}
 
 
-DONE = ("name", "architecture", "student", "policy", "accuracies", "points")
 ARCHITECTURES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "of fewer layers": lambda arch: arch["keep"].pop(),
     "of more groups": lambda arch: arch["widths"].append(3),

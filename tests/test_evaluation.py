@@ -9,10 +9,9 @@ import torch
 import n2n_fast
 from elsewhere import ELSEWHERE, Fetching, tensors_of
 from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.search import evaluation
-from n2n_fast.search import teacher as teacher_module
+from n2n_fast.search import environment
 from n2n_fast.search.config import SearchConfig
-from n2n_fast.search.evaluation import Evaluation, Evaluator, Recipe
+from n2n_fast.search.environment import Evaluation, Evaluator, Recipe
 from n2n_fast.training import distill
 from n2n_fast.training.batches import TeacherLogits
 from n2n_fast.training.data import accuracy
@@ -80,15 +79,6 @@ def test_a_single_image_without_finite_logits_is_an_error(evaluator, data):
     assert 0 <= accuracy(model, judge._images) < 1
 
 
-@pytest.mark.parametrize("latency", [NAN, math.inf])
-def test_a_latency_that_is_not_finite_is_an_error(latency, evaluator, monkeypatch):
-    judge = evaluator(max_latency=5.0)
-    monkeypatch.setattr(teacher_module, "latency_ms", lambda *_: latency)
-    found = judge.evaluate(judge.space.teacher, 0)
-    assert (found.short_accuracy, found.latency) == (None, None)
-    assert "latency" in found.error
-
-
 def test_a_reconstruction_that_cannot_be_solved_is_an_error(evaluator, monkeypatch):
     judge = evaluator()
 
@@ -124,9 +114,9 @@ def test_a_recipe_travels_by_the_cpu(data):
 
 
 def test_a_recipe_is_made_where_it_is_told(data, monkeypatch):
-    monkeypatch.setattr(evaluation, "space_of", lambda teacher, calibration, config: (teacher, calibration))
-    monkeypatch.setattr(evaluation, "giving_logits", lambda teacher, space, images: teacher)
-    monkeypatch.setattr(evaluation, "Evaluator", lambda *parts: parts)
+    monkeypatch.setattr(environment, "space_of", lambda teacher, calibration, config: (teacher, calibration))
+    monkeypatch.setattr(environment, "giving_logits", lambda teacher, space, images: teacher)
+    monkeypatch.setattr(environment, "Evaluator", lambda *parts: parts)
     recipe = Recipe("shrinkage", SmallResNet(1, 4, 1), data, torch.zeros(2, 1, 8, 8), SearchConfig())
     assert {tensor.device for tensor in tensors_of(recipe(ELSEWHERE))} == {ELSEWHERE}
 
@@ -134,9 +124,9 @@ def test_a_recipe_is_made_where_it_is_told(data, monkeypatch):
 def test_clocks_wait_for_the_device_before_they_begin_and_at_every_note(monkeypatch):
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
-    timer = evaluation._Clock(device := torch.device("cuda", 1))
+    timer = environment._Clock(device := torch.device("cuda", 1))
     assert waits == [device]
     timer.note("build")
     assert waits == [device] * 2
-    evaluation._Clock(torch.device("cpu")).note("build")
+    environment._Clock(torch.device("cpu")).note("build")
     assert len(waits) == 2

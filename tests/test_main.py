@@ -12,7 +12,7 @@ import torch
 
 import n2n_fast
 from n2n_fast.cli import main
-from n2n_fast.search import evaluation
+from n2n_fast.search import environment
 from n2n_fast.search.checkpoint import Interrupted
 from n2n_fast.training.distill import seeded
 from n2n_fast.training.teachers import SmallResNet
@@ -235,8 +235,8 @@ def test_a_dry_run_writes_nothing(digits_teacher, invoke, tmp_path):
     assert (code, err) == (0, "")
     assert "10^7.5" in out  # 2 ** 25 ways to remove 25 layers
     planned = json.loads(invoke(*command, "--json")[1])
-    assert [stage["name"] for stage in planned["stages"]] == ["removal", "shrinkage"]
-    assert planned["seconds"] > sum(stage["rollouts"] * stage["rollout_seconds"] for stage in planned["stages"]) > 0
+    assert list(planned["choices"]) == ["removal", "shrinkage"]
+    assert planned["seconds"] > planned["rollouts"] * planned["rollout_seconds"] > 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -557,7 +557,7 @@ def test_running_out_of_memory_is_one_line_and_tells_how_to_go_on(digits_teacher
     def fails(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(evaluation.Evaluator, "evaluate", fails)
+    monkeypatch.setattr(environment.Evaluator, "evaluate", fails)
     code, _, err = invoke("run", "--teacher", digits_teacher[0], *QUICK, "--quiet", "--out", "here")
     assert (code, err.count("\n")) == (2, 1)
     assert "CUDA out of memory. Tried to allocate 2.00 GiB.); lower --batch-size" in err

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from n2n_fast.search.pareto import Point, front
+from n2n_fast.search.result import Point, front
 
 POINTS = st.lists(
     st.builds(

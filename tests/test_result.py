@@ -11,11 +11,12 @@ from n2n_fast.files.errors import DeviceFault
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search import result
 from n2n_fast.search.checkpoint import RunDirectory
-from n2n_fast.search.reinforce import SearchProgress
 from n2n_fast.search.reward import Constraints
+from n2n_fast.search.stage import Search, SearchProgress
 from n2n_fast.training.teachers import SmallResNet
 from quarters import quarters
 
+CONFIG = SearchConfig()
 MEASURED = {"params": 2, "macs": 2, "validation_accuracy": 0.5}
 
 
@@ -31,16 +32,15 @@ def finish(monkeypatch, tmp_path):
     def run():
         with Fetching(), RunDirectory(tmp_path / "run", {}) as directory:
             directory.begin()
-            search = SimpleNamespace(
-                directory=directory,
-                data=data.to(ELSEWHERE),
-                config=SearchConfig(),
-                constraints=Constraints(),
-                teacher=SimpleNamespace(module=teacher),
-                progress=SearchProgress(),
-                finished=[],
+            reference = SimpleNamespace(module=teacher, space=space)
+            search = Search(
+                CONFIG, data.to(ELSEWHERE), reference, Constraints(), directory, SearchProgress(), *[None] * 4
             )
-            return result.finish(search, student, [result.Chosen("shrinkage", space, arch)])
+            stage = SimpleNamespace(
+                name="shrinkage", space=space, result=arch, policy=teacher, anchors=[], finals=[], evaluated={}
+            )
+            search.stages.append(stage)
+            return result.finish(search, student)
 
     return run
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.search.transition import MOST_TILTED, Transition
+from n2n_fast.search.environment import MOST_TILTED, Transition
 from n2n_fast.training.teachers import SmallResNet
 
 RATIOS = (0.25, 0.5, 1.0)

@@ -13,9 +13,9 @@ import torch
 
 from n2n_fast import SearchConfig, Workers, compress, from_tensors
 from n2n_fast.files.errors import BadInput, DeviceFault
-from n2n_fast.search.evaluation import Evaluation
+from n2n_fast.search.environment import TRIES, Evaluation, Executor, evaluated
 from n2n_fast.search.reinforce import SearchProgress
-from n2n_fast.search.workers import TRIES, Executor, RayExecutor, evaluated, gpu_share
+from n2n_fast.search.workers import RayExecutor, gpu_share
 from n2n_fast.training.batches import Batches
 from n2n_fast.training.distill import seeded, train
 from n2n_fast.training.teachers import SmallResNet
@@ -98,7 +98,7 @@ class Recorder:
     """Stands for Ray with two GPUs; notes what it is asked for."""
 
     def __init__(self, gpus=2):
-        self.gpus, self.asked, self.sent = gpus, [], []
+        self.gpus, self.actor, self.sent = gpus, MagicMock(), []
         self.cloudpickle = self
 
     is_initialized = lambda self: True  # noqa: E731
@@ -109,8 +109,8 @@ class Recorder:
         self.sent.append(worker)
 
     def remote(self, **resources):
-        self.asked.append(resources["num_gpus"])
-        return lambda shell: MagicMock()
+        self.asked = resources["num_gpus"]
+        return lambda shell: self.actor
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,8 @@ def test_workers_get_a_share_of_the_gpus_where_the_run_is_on_one(device, gpus, s
     monkeypatch.setitem(sys.modules, "ray", ray := Recorder())
     executor = RayExecutor(Workers(4, gpus=gpus))
     executor.begin(MagicMock(device=torch.device(device), config=SearchConfig()), None)
-    assert ray.asked == [share] * 4
+    assert ray.asked == share
+    assert ray.actor.remote.call_count == 4
     assert ray.sent[0].args[1] == sent
 
 

@@ -54,9 +54,8 @@ from n2n_fast import SearchConfig
 from n2n_fast.files.errors import DegenerateArchitecture
 from n2n_fast.networks.graph import Architecture
 from n2n_fast.search.config import PAPER
-from n2n_fast.search.evaluation import Evaluator
+from n2n_fast.search.environment import Evaluator, Transition
 from n2n_fast.search.teacher import restored
-from n2n_fast.search.transition import Transition
 from n2n_fast.training import teachers
 from n2n_fast.training.batches import Batches, TeacherLogits
 from n2n_fast.training.data import accuracy

@@ -253,7 +253,6 @@ def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, Im
     else:
         model = teachers.load_teacher(file, options["arch"], allow_pickle=options["allow_pickle"])
         images = _load(options, seed, teachers.input_channels(model))
-    teachers.check_fits(model.to(options["device"]), images)
     return model, images
 
 

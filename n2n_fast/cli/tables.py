@@ -48,14 +48,16 @@ def export_table(exported: Exported) -> str:
 
 def plan_table(plan: Plan) -> str:
     """A search to come, as aligned text."""
-    rows: Rows = [("stage", "choices", "architectures", "rollouts", "one takes", "full trainings", "all of it")]
-    for stage in plan.stages:
-        size = f"10^{stage.architectures_log10:.1f}"
-        times = (f"{stage.rollout_seconds:.2f} s", str(stage.trainings), _duration(stage.seconds))
-        rows.append((stage.name, str(stage.choices), size, str(stage.rollouts), *times))
-    told = f"teacher: {plan.params:,} params, {plan.macs:,} MACs"
-    warnings = "".join(f"\nwarning: {warning}" for warning in plan.warnings)
-    return f"{told}\n\n{_aligned(rows)}\n\nat most about {_duration(plan.seconds)} here; nothing was written{warnings}"
+    rows: Rows = [("stage", "choices", "architectures, at most")]
+    rows += [(name, str(count), f"10^{plan.architectures_log10[name]:.1f}") for name, count in plan.choices.items()]
+    told = f"teacher: {plan.params:,} params, {plan.macs:,} MACs, validation accuracy {percent(plan.accuracy)}"
+    takes = (
+        f"{plan.rollouts} rollouts of {plan.rollout_seconds:.2f} s and full trainings of {plan.training_steps:,} steps "
+        f"of {1e3 * plan.step_seconds:.1f} ms: about {_duration(plan.seconds)} here; nothing was written"
+    )
+    unmet = (f"no student meets the limit on {name}, the least misses it by {g:.1%}" for name, g in plan.gaps.items())
+    warnings = (f"warning: {warning}" for warning in (*unmet, *plan.warnings))
+    return "\n".join([f"{told}\n", f"{_aligned(rows)}\n", takes, *warnings])
 
 
 def _duration(seconds: float) -> str:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from n2n_fast.networks.graph import Architecture
 from n2n_fast.search.config import STAGES
+from n2n_fast.search.environment import MOST_TILTED
 from n2n_fast.search.policies import clone_behaviour
 from n2n_fast.search.stage import Anchor, Stage
-from n2n_fast.search.transition import MOST_TILTED
 from n2n_fast.training.clock import now
 from n2n_fast.training.seeds import derived
 
@@ -34,7 +34,7 @@ def train_anchors(stage: Stage) -> None:
         if predictor.count:
             error = "" if predictor.error is None else f", {100 * predictor.error:.1f} points off when left out"
             progress.message(f"{stage.name}: accuracies are corrected by {predictor.count} anchors{error}")
-        stage.save()
+        stage.search.save()
         progress.phase(stage.name, (config.updates - stage.update) * config.rollouts)
 
 
@@ -94,7 +94,7 @@ def _best_recent(stage: Stage) -> Architecture | None:
 
 def _train(stage: Stage, arch: Architecture, number: int) -> None:
     """Evaluate the architecture, train it fully, and add it to the stage's anchors."""
-    config, device = stage.config, stage.evaluator.device
+    config, device = stage.config, stage.search.executor.evaluator.device
     if arch.key not in stage.evaluated:
         next(stage.evaluate({number: arch}))
     evaluation = stage.evaluated[arch.key][1]

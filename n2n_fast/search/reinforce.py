@@ -1,7 +1,6 @@
 """N2N learning: two stages of REINFORCE over a teacher's architecture space, then the final training (section 3)."""
 
 import contextlib
-import copy
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -12,19 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from n2n_fast.files.errors import BadInput, DegenerateArchitecture, telling_device_faults
-from n2n_fast.files.safe_load import understood
 from n2n_fast.networks.graph import Architecture
 from n2n_fast.search.anchors import train_anchors, warm_start
-from n2n_fast.search.checkpoint import CHECKPOINT, RunDirectory, read_state
+from n2n_fast.search.checkpoint import RunDirectory, read_state
 from n2n_fast.search.config import STAGES, SearchConfig
-from n2n_fast.search.evaluation import Training
-from n2n_fast.search.progress import Rollout, SearchProgress
-from n2n_fast.search.result import Chosen, Result, finish, train_best
+from n2n_fast.search.environment import Executor, Training
+from n2n_fast.search.result import Result, finish, train_best
 from n2n_fast.search.reward import RewardFunction
-from n2n_fast.search.shared import Search, finished_stages, limits_of, settings_of
-from n2n_fast.search.stage import Stage
-from n2n_fast.search.teacher import Teacher, space_of
-from n2n_fast.search.workers import Workers, make_executor
+from n2n_fast.search.stage import Rollout, Search, SearchProgress, Stage
+from n2n_fast.search.teacher import Reference, digest, space_of
+from n2n_fast.search.workers import RayExecutor, Workers
 from n2n_fast.training.data import ImageData
 
 __all__ = ["Rollout", "SearchProgress", "compress", "read_policies"]
@@ -58,35 +54,55 @@ def compress(
     C (2 - C) · A / A_teacher. Limits apply to either.
     """
     config, progress = config or SearchConfig(), progress or SearchProgress()
-    with telling_device_faults(), contextlib.closing(make_executor(workers)) as executor:
+    with telling_device_faults(), contextlib.closing(RayExecutor(workers) if workers else Executor()) as executor:
         trained = {} if policies is None else read_policies(Path(policies))
-        given = copy.deepcopy(teacher).eval().to(data.train.images.device, torch.float32)
-        settings = settings_of(given, data, config)
-        with RunDirectory(Path(out), settings, resume, command, progress.stopping) as directory:
-            shown = Teacher.of(given, data, config)
-            limits = limits_of(config, shown, progress)
+        settings = _settings(teacher, data, config, command)
+        with RunDirectory(Path(out), settings, resume, progress.stopping) as directory:
+            reference = Reference.of(teacher, data, config)
+            _introduce(reference, progress)
             directory.begin()
-            finished = finished_stages(directory, config)
-            shared = config, data, shown, limits, finished, directory, progress, executor
+            shared = config, data, reference, reference.limits(config), directory, progress, executor
             return _search_in_stages(Search(*shared, trained, training, reward))
+
+
+def _settings(
+    teacher: nn.Module, data: ImageData, config: SearchConfig, command: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What config.json says of a run; the data's preprocessing, by which `evaluate` shows the student images."""
+    split = data.train
+    preprocessing = {
+        "name": data.name,
+        "image_size": split.image_size[0],
+        "channels": split.channels,
+        "mean": split.mean.tolist(),
+        "std": split.std.tolist(),
+    }
+    noted = {} if command is None else {"command": dict(command)}
+    return {**asdict(config), "data": preprocessing, "teacher": digest(teacher), **noted}
+
+
+def _introduce(reference: Reference, progress: SearchProgress) -> None:
+    """Tell what there is to know of the teacher."""
+    for warning in reference.space.warnings:
+        progress.message(f"warning: {warning}")
+    cost = reference.cost
+    timed = "" if cost.latency is None else f", {cost.latency:.2f} ms"
+    progress.message(f"teacher: {cost.params:,} params{timed}, validation accuracy {reference.accuracy:.2%}")
 
 
 def _search_in_stages(search: Search) -> Result:
     """Removal, then shrinkage of what it leaves; each ends with the full training of its best students."""
-    student, space, chosen = search.teacher.module, search.teacher.space, list[Chosen]()
-    for number, name in enumerate(STAGES[search.config.stages]):
-        if chosen:  # stage 2 starts from the trained student of stage 1
+    student, space = search.teacher.module, search.teacher.space
+    for name in STAGES[search.config.stages]:
+        if search.stages:  # stage 2 starts from the trained student of stage 1
             space = space_of(student, search.teacher.calibration, search.config)
-        if number == len(search.finished):
-            stage = Stage.begun(name, space, search)
+        stage = Stage(name, space, search)
+        if not stage.done:
+            stage.begin()
             _reinforce(stage)
-            search.finished.append(train_best(stage))
-            search.save(None)
-        with understood(search.directory.path / CHECKPOINT):
-            arch, student = search.finished[number].restored(space)
-        chosen.append(Chosen(name, space, arch))
-    search.directory.write_tensors("policies.pt", {done.name: done.policy for done in search.finished})
-    return finish(search, student, chosen)
+            train_best(stage)
+        student = stage.student()
+    return finish(search, student)
 
 
 def _reinforce(stage: Stage) -> None:
@@ -106,7 +122,7 @@ def _reinforce(stage: Stage) -> None:
             progress.rollout(rollout, best, _compression(stage, best))
         _update_policy(stage, actions, torch.tensor(rewards))
         stage.update += 1
-        stage.save()
+        stage.search.save()
     if all(evaluation.error is not None for _, evaluation in stage.evaluated.values()):
         raise BadInput(
             f"{stage.name}: none of {config.updates * config.rollouts} students could be evaluated; "

@@ -1,15 +1,19 @@
-"""A student's evaluation: its accuracy after a few steps of training, and its full training (section 3.3)."""
+"""The environment of the policies: the transition T(s, a) with its limits, and what a student shows (section 3).
+
+On a CPU the same architecture and seed give the same evaluation, whoever makes it.
+"""
 
 import copy
+import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from n2n_fast.files.errors import first_line
+from n2n_fast.files.errors import first_line, raise_device_fault
 from n2n_fast.files.states import on_cpu
 from n2n_fast.networks.graph import Architecture
 from n2n_fast.networks.products import as_products
@@ -19,15 +23,84 @@ from n2n_fast.search.teacher import giving_logits, latency_of, restored, space_o
 from n2n_fast.training.batches import Batches, TeacherLogits
 from n2n_fast.training.clock import now
 from n2n_fast.training.data import ImageData, Split, accuracy
-from n2n_fast.training.distill import BatchSource, Checkpointer, Progress, recalibrate, seeded, train
+from n2n_fast.training.distill import Checkpointer, Progress, recalibrate, seeded, train
 from n2n_fast.training.seeds import derived
 
 Training = Callable[[nn.Module, float], object]  # trains a student in place, for so many epochs
+Job = tuple[Architecture, int]  # a student to evaluate, and its seed
 
+MOST_TILTED = 0.75  # of students at a limit: powers of what narrowing a layer saves
 FULL_RATE_STEPS = 400  # a full training that is shorter takes a lower learning rate
+TRIES = 2  # of a student whose evaluation fails by itself
 
 # What building, training and validating a student raise where numbers overflow; Diverged is an ArithmeticError.
 NOT_FINITE = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A stage's transition from the teacher of its space; raises DegenerateArchitecture where it cannot be made.
+
+    saves: which of the limits, "params" or "macs", students are narrowed for where no policy says how; None where they
+    stay as they are drawn. grows: whether a student that is below the limits gets wider.
+    """
+
+    space: ArchitectureSpace
+    removes: bool
+    ratios: tuple[float, ...]
+    saves: str | None = None
+    params: int | None = None
+    macs: int | None = None
+    grows: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        space: ArchitectureSpace,
+        config: SearchConfig,
+        removes: bool,
+        last: bool,
+        limited: Collection[str],
+        own_reward: bool = False,
+    ) -> "Transition":
+        """Students are brought to the limits on params and MACs, unless there is nothing but removals to do that.
+
+        One that is smaller than is rewarded gets wider, unless it has to be fast as well. last: no stage follows.
+        limited: the objectives with a limit, `Constraints.enough`. own_reward: the user's, which may reward more.
+        """
+        if not (limits := {"params", "macs"} & set(limited)) or (removes and last):
+            return cls(space, removes, config.ratios)
+        saves = next(name for name in (config.objective, "params", "macs") if name in limits)
+        grows = removes or (not own_reward and config.objective in limited and "latency" not in limited)
+        return cls(space, removes, config.ratios, saves, config.max_params, config.max_macs, grows)
+
+    def __call__(self, actions: list[Any]) -> Architecture:
+        """actions: for every layer whether it stays, 1 or 0; in stage 2 the places in `ratios` of channels and kernel.
+
+        Layers that are removed are judged by what is left of a student of the wanted size, narrowed as a middle anchor.
+        """
+        space = self.space
+        if self.removes:
+            return self._within(space.remove(space.teacher, [action == 1 for action in actions]), self._narrowed)
+        channels, kernels = ([self.ratios[place] for place in places] for places in zip(*actions, strict=True))
+        return self._within(space.teacher, channels, kernels)
+
+    def tilted(self, tilt: float) -> Tensor:
+        """Actions of stage 2, (layers, 2), next to the space's tilted ratios, with every kernel at its whole size."""
+        assert self.saves is not None
+        wanted = torch.tensor(self.space.tilted(tilt, self.saves))
+        nearest = (torch.tensor(self.ratios).log() - wanted[:, None].log()).abs().argmin(1)
+        return torch.stack([nearest, torch.full_like(nearest, len(self.ratios) - 1)], 1)
+
+    @functools.cached_property
+    def _narrowed(self) -> list[float]:
+        """The widths at which removals are judged."""
+        layers = len(self.space.layers)
+        return [1.0] * layers if self.saves is None else self.space.tilted(MOST_TILTED / 2, self.saves)
+
+    def _within(self, arch: Architecture, channels: list[float], kernels: list[float] | None = None) -> Architecture:
+        limits = {"params": self.params, "macs": self.macs}
+        return self.space.shrink_within(arch, channels, kernels, **limits, grow=self.grows)
 
 
 @dataclass(frozen=True)
@@ -44,27 +117,21 @@ class Evaluation:
     @classmethod
     def from_record(cls, record: dict[str, Any], timed: bool) -> "Evaluation":
         """The inverse of `asdict`; ValueError or TypeError for anything else. timed: whether a latency is needed."""
-        evaluation = cls(**record)
-        accuracy, latency, seconds, error = (getattr(evaluation, field.name) for field in fields(cls))
-        if not (
-            (accuracy is None or (_is_amount(accuracy) and accuracy <= 1))
-            and (not timed if latency is None else _is_amount(latency))
-            and isinstance(seconds, dict)
-            and all(_is_amount(time) for time in seconds.values())
-            and (accuracy is None) == isinstance(error, str)
-            and (error is None or accuracy is None)
+        new = cls(**record)
+        failed = new.short_accuracy is None
+        amounts = [*new.seconds.values(), *(n for n in (new.short_accuracy, new.latency) if n is not None)]
+        if (
+            not all(type(amount) in (int, float) and 0 <= amount < math.inf for amount in amounts)
+            or (new.short_accuracy is not None and new.short_accuracy > 1)
+            or (timed and new.latency is None and not failed)
+            or (not isinstance(new.error, str) if failed else new.error is not None)
         ):
             raise ValueError("an evaluation that no search wrote")
-        return evaluation
-
-
-def _is_amount(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
+        return new
 
 
 class Evaluator:
-    """Builds, trains and validates the students of one space. On a CPU the same architecture and seed give the same
-    result.
+    """Builds, trains and validates the students of one space.
 
     All rollouts share their batches, the teacher's logits and the validation images, so that students differ by their
     architecture and not by what they saw.
@@ -101,11 +168,10 @@ class Evaluator:
             with seeded(seed, self.device):
                 student = self._build(arch)
                 clock.note("build")
-                latency = _finite(latency_of(student, self.data, self.config))
+                latency = latency_of(student, self.data, self.config)
                 clock.note("latency")
-                self._train(
-                    student, self._rollout_batches, self._rollout_epochs, self.config.learning_rate, **self._how
-                )
+                rate = self.config.learning_rate
+                self._train(student, self._rollout_batches, self._rollout_epochs, rate, **self._how)
                 clock.note("train")
             with as_products(student, self.device):
                 short_accuracy = accuracy(student, self._images, strict=True)
@@ -140,27 +206,18 @@ class Evaluator:
             recalibrate(student, torch.split(self._calibration, 128))
         return student
 
-    def _train(
-        self,
-        student: fx.GraphModule,
-        batches: BatchSource,
-        epochs: float,
-        learning_rate: float,
-        **how: Any,
-    ) -> None:
+    def _train(self, student: fx.GraphModule, batches: Batches, epochs: float, rate: float, **how: Any) -> None:
         """how: further arguments of `distill.train`."""
         if self._training is not None:
             self._training(student.train(), epochs)
             student.eval()
         else:
-            train(student, batches, learning_rate=learning_rate, kd_weight=self.config.kd_weight, **how)
+            train(student, batches, learning_rate=rate, kd_weight=self.config.kd_weight, **how)
 
-    def _batches(self, epochs: float, views: int | None = None, keep: bool = False) -> Batches:
+    def _batches(self, epochs: float, **how: Any) -> Batches:
         config, data = self.config, self.data
         seed = derived(config.seed, "batches")
-        return Batches(
-            data.train, self._logits, epochs, config.batch_size, data.augmentation, seed, views=views, keep=keep
-        )
+        return Batches(data.train, self._logits, epochs, config.batch_size, data.augmentation, seed, **how)
 
 
 @dataclass(frozen=True)
@@ -181,13 +238,8 @@ class Recipe:
 
     def __getstate__(self) -> dict[str, Any]:
         """Its fields, the tensors in them on the CPU."""
-        return {
-            **self.__dict__,
-            "teacher": copy.deepcopy(self.teacher).cpu(),
-            "data": self.data.to("cpu"),
-            "calibration": self.calibration.cpu(),
-            "earlier": on_cpu(self.earlier),
-        }
+        moved = {"teacher": copy.deepcopy(self.teacher).cpu(), "data": self.data.to("cpu")}
+        return {**on_cpu(vars(self)), **moved}
 
     def __call__(self, device: torch.device | str | None = None) -> Evaluator:
         """Make the evaluator. device: where it shall work; default: where the data are."""
@@ -201,10 +253,33 @@ class Recipe:
         return Evaluator(self.stage, space, data, logits, calibration, self.config, self.training)
 
 
-def _finite(latency: float | None) -> float | None:
-    if latency is not None and not math.isfinite(latency):
-        raise ArithmeticError(f"the latency is {latency} ms")
-    return latency
+class Executor:
+    """Has the students of the stage at hand evaluated: here in this process, one after the other."""
+
+    evaluator: Evaluator
+
+    def begin(self, evaluator: Evaluator, recipe: Recipe) -> None:
+        """A stage begins. recipe: makes the same evaluator in another process."""
+        self.evaluator = evaluator
+
+    def evaluate(self, jobs: Sequence[Job]) -> Iterator[Evaluation]:
+        """The evaluations of the jobs, in their order, each made when it is asked for."""
+        for arch, seed in jobs:
+            yield evaluated(self.evaluator, arch, seed)
+
+    def close(self) -> None:
+        """Let go of whatever was started."""
+
+
+def evaluated(evaluator: Evaluator, arch: Architecture, seed: int, tries: int = TRIES) -> Evaluation:
+    """An evaluation; where all tries fail by themselves, its `error` says so. Raises DeviceFault."""
+    try:
+        return evaluator.evaluate(arch, seed)
+    except Exception as error:  # noqa: BLE001 - whatever a student fails with, the search goes on without it
+        raise_device_fault(error)
+        if tries > 1:
+            return evaluated(evaluator, arch, seed, tries - 1)
+        return Evaluation(None, None, {}, f"{type(error).__name__}: {first_line(error)}")
 
 
 class _Clock:
