@@ -254,18 +254,6 @@ def test_reinforce_finds_a_rewarded_pattern(kind: str) -> None:
     assert chance() > 0.9
 
 
-@pytest.mark.parametrize("kind", ["removal", "shrinkage"])
-def test_entropy_is_that_of_the_outcomes(kind: str) -> None:
-    policy, x, mask = make(kind, ratios=2), sequence(3), mask_of(kind, [True, False, True])
-    actions = outcomes(kind, mask, 2)
-    with torch.no_grad():
-        log_probs = policy.log_prob(x, mask, actions)
-        by_outcomes = -(log_probs.exp() * log_probs).sum()
-        weights = log_probs.exp()
-        given_each = torch.stack([policy.entropy(x, mask, one[None]) for one in actions])
-    torch.testing.assert_close((weights * given_each).sum(), by_outcomes, rtol=1e-4, atol=1e-5)
-
-
 def test_kernels_keep_their_size_at_first_and_widths_are_free() -> None:
     policy = make("shrinkage")
     mask = torch.ones(LAYERS, 2, dtype=torch.bool)

@@ -81,14 +81,6 @@ class RemovalPolicy(nn.Module):
         masked: Tensor = loss * mask
         return -masked.sum(1)
 
-    def entropy(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
-        """Entropy of the free choices together, in nats; it is the same for all `actions`."""
-        logits = self(x)
-        probability = logits.sigmoid()
-        entropy = nn.functional.softplus(logits) - probability * logits
-        total: Tensor = (entropy * mask).sum()
-        return total
-
 
 class ShrinkagePolicy(nn.Module):
     """π_shrink(a_t | a_{t-1}, h_{t-1}, x_t): an autoregressive LSTM that draws two ratios for each layer.
@@ -184,12 +176,6 @@ class ShrinkagePolicy(nn.Module):
         """Log-probability of each of the action sequences (count, layers, 2), (count,)."""
         log_probs = self._log_probs(x, actions)
         return (log_probs.gather(3, actions[..., None])[..., 0] * mask).sum((1, 2))
-
-    def entropy(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
-        """Entropy of the free choices together, in nats, each after the `actions` before it."""
-        log_probs = self._log_probs(x, actions)
-        entropy = -(log_probs.exp() * log_probs).sum(3).mean(0)
-        return (entropy * mask).sum()
 
     def _log_probs(self, x: Tensor, actions: Tensor) -> Tensor:
         """Log-probability of every ratio at each step, after the `actions` before it; (count, layers, 2, ratios)."""

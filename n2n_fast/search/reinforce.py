@@ -3,14 +3,14 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from n2n_fast.files.errors import BadInput, DegenerateArchitecture, telling_device_faults
+from n2n_fast.files.errors import BadInput, telling_device_faults
 from n2n_fast.networks.graph import Architecture
 from n2n_fast.search.anchors import train_anchors, warm_start
 from n2n_fast.search.checkpoint import RunDirectory, read_state
@@ -118,8 +118,10 @@ def _reinforce(stage: Stage) -> None:
         rewards = []
         for rollout in _rollouts(stage, actions):
             rewards.append(rollout.reward)
-            best = _better(rollout, best)
-            progress.rollout(rollout, best, _compression(stage, best))
+            shown = (one for one in (best, rollout) if one is not None and one.predicted_accuracy is not None)
+            best = max(shown, key=lambda one: (one.feasible, one.reward), default=None)
+            compression = stage.search.teacher.cost.params / best.params if best and best.params else None
+            progress.rollout(rollout, best, compression)
         _update_policy(stage, actions, torch.tensor(rewards))
         stage.update += 1
         stage.search.save()
@@ -140,10 +142,7 @@ def _update_policy(stage: Stage, actions: Tensor, rewards: Tensor) -> None:
     advantages = rewards - baseline
     if config.normalise and len(rewards) > 1:
         advantages = advantages / advantages.square().mean().sqrt().clamp_min(1e-3)
-    log_probability = policy.log_prob(stage.x, stage.mask, actions)
-    loss = -(advantages * log_probability).mean()
-    if config.entropy:
-        loss = loss - config.entropy * policy.entropy(stage.x, stage.mask, actions)
+    loss = -(advantages * policy.log_prob(stage.x, stage.mask, actions)).mean()
     stage.optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     stage.optimizer.step()
@@ -154,15 +153,12 @@ def _rollouts(stage: Stage, actions: Tensor) -> Iterator[Rollout]:
     """An update's rollouts: each row of actions gives an architecture, its student's accuracy, and a reward."""
     rows = actions.tolist()
     archs = [stage.architecture(row) for row in rows]
-    new = stage.new(archs)
-    evaluations = stage.evaluate(new)
+    are_new = stage.evaluate({i: arch for i, arch in enumerate(archs) if isinstance(arch, Architecture)})
     for index, (row, arch) in enumerate(zip(rows, archs, strict=True)):
-        if isinstance(arch, DegenerateArchitecture):
-            rollout = Rollout(stage.name, stage.update, index, row, error=arch.reason)
+        if isinstance(arch, Architecture):
+            rollout = _rewarded(stage, index, row, arch, cached=not next(are_new))
         else:
-            if index in new:
-                next(evaluations)
-            rollout = _rewarded(stage, index, row, arch, cached=index not in new)
+            rollout = Rollout(stage.name, stage.update, index, row, error=arch.reason)
         stage.search.directory.log({"kind": "rollout", **asdict(rollout)})
         yield rollout
 
@@ -170,7 +166,12 @@ def _rollouts(stage: Stage, actions: Tensor) -> Iterator[Rollout]:
 def _rewarded(stage: Stage, index: int, actions: list[Any], arch: Architecture, cached: bool) -> Rollout:
     """The rollout of an evaluated student, with its reward by the predictor of this moment."""
     evaluation, judged = stage.evaluated[arch.key][1], stage.judge(arch.key)
-    rollout = Rollout(
+    learned: dict[str, Any] = {}
+    if judged is not None:
+        reward = stage.reward.penalised(judged.reward, judged.violation, stage.update)
+        learned = {"predicted_accuracy": judged.accuracy, "accuracy_error": judged.error, "reward": reward}
+        learned["feasible"] = judged.violation == 0
+    return Rollout(
         stage.name,
         stage.update,
         index,
@@ -183,28 +184,8 @@ def _rewarded(stage: Stage, index: int, actions: list[Any], arch: Architecture, 
         cached=cached,
         seconds={} if cached else evaluation.seconds,
         error=evaluation.error,
+        **learned,
     )
-    if judged is None:
-        return rollout
-    return replace(
-        rollout,
-        predicted_accuracy=judged.accuracy,
-        accuracy_error=judged.error,
-        reward=stage.reward.penalised(judged.reward, judged.violation, stage.update),
-        feasible=judged.violation == 0,
-    )
-
-
-def _better(rollout: Rollout, best: Rollout | None) -> Rollout | None:
-    """The one to show as the best so far."""
-    if rollout.predicted_accuracy is None:
-        return best
-    is_better = best is None or (rollout.feasible, rollout.reward) > (best.feasible, best.reward)
-    return rollout if is_better else best
-
-
-def _compression(stage: Stage, best: Rollout | None) -> float | None:
-    return None if best is None or best.params is None else stage.search.teacher.cost.params / max(1, best.params)
 
 
 def read_policies(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A search and its stages: what they share, what they tell, and the state that changes while they run."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -179,23 +179,23 @@ class Stage:
         is_smaller = arch.params < self.search.teacher.cost.params
         return arch if is_smaller else DegenerateArchitecture("no smaller than the teacher")
 
-    def new(self, archs: Sequence[Architecture | DegenerateArchitecture]) -> dict[int, Architecture]:
-        """Those of the architectures that have to be evaluated, by index."""
-        new = {index: arch for index, arch in enumerate(archs) if isinstance(arch, Architecture)}
-        if not self.config.reuse:
-            return new
-        first = {arch.key: index for index, arch in reversed(new.items()) if arch.key not in self.evaluated}
-        return {index: arch for index, arch in new.items() if first.get(arch.key) == index}
+    def evaluate(self, archs: Mapping[int, Architecture]) -> Iterator[bool]:
+        """Have architectures evaluated, by their index in the update; tells of each, in order, whether it was new.
 
-    def evaluate(self, archs: Mapping[int, Architecture]) -> Iterator[Evaluation]:
-        """Evaluations of architectures, by their index in the update, in this order; remembered in `evaluated`."""
-        keys = {index: (arch.key,) if self.config.reuse else (self.update, index) for index, arch in archs.items()}
-        seeds = (derived(self.config.seed, self.name, *key) for key in keys.values())
-        evaluations = self.search.executor.evaluate(list(zip(archs.values(), seeds, strict=True)))
-        for arch in archs.values():
-            evaluation = next(evaluations)
-            self.evaluated[arch.key] = arch, evaluation
-            yield evaluation
+        What they show is in `evaluated`.
+        """
+        reuse, jobs = self.config.reuse, dict[tuple[object, ...], Architecture]()
+        keys = [((arch.key,) if reuse else (self.update, index), arch) for index, arch in archs.items()]
+        for key, arch in keys:
+            if not reuse or arch.key not in self.evaluated:
+                jobs.setdefault(key, arch)
+        seeds = (derived(self.config.seed, self.name, *key) for key in jobs)
+        evaluations = self.search.executor.evaluate(list(zip(jobs.values(), seeds, strict=True)))
+        for key, arch in keys:
+            is_new = jobs.pop(key, None) is not None
+            if is_new:
+                self.evaluated[arch.key] = arch, next(evaluations)
+            yield is_new
 
     def train(self, arch: Architecture, epochs: float, purpose: str) -> tuple[float | None, fx.GraphModule | None]:
         """A fully trained student with its validation accuracy before it; None where the training diverged."""
