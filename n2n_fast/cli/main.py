@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +185,7 @@ def run(context: click.Context, /, **options: Any) -> int:
     model, images = _teacher_and_data(options, config.seed)
     if options["dry_run"]:
         found = plan(model, images, config)
-        _tell(options["json"], asdict(found), tables.plan_table(found))
+        _tell(options["json"], found, tables.plan_table(found))
         return 0
     with Bar(options["quiet"], curves) as bar:
         try:

@@ -6,7 +6,6 @@ from typing import Any
 from n2n_fast.cli.export import Exported
 from n2n_fast.networks.graph import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.search.plan import Plan
 
 Rows = list[tuple[str, ...]]
 
@@ -46,18 +45,21 @@ def export_table(exported: Exported) -> str:
     return f"{_aligned(rows)}\n\n{exported.path}: {', '.join(told)}"
 
 
-def plan_table(plan: Plan) -> str:
+def plan_table(plan: dict[str, Any]) -> str:
     """A search to come, as aligned text."""
     rows: Rows = [("stage", "choices", "architectures, at most")]
-    rows += [(name, str(count), f"10^{plan.architectures_log10[name]:.1f}") for name, count in plan.choices.items()]
-    told = f"teacher: {plan.params:,} params, {plan.macs:,} MACs, validation accuracy {percent(plan.accuracy)}"
-    takes = (
-        f"{plan.rollouts} rollouts of {plan.rollout_seconds:.2f} s and full trainings of {plan.training_steps:,} steps "
-        f"of {1e3 * plan.step_seconds:.1f} ms: about {_duration(plan.seconds)} here; nothing was written"
-    )
-    unmet = (f"no student meets the limit on {name}, the least misses it by {g:.1%}" for name, g in plan.gaps.items())
-    warnings = (f"warning: {warning}" for warning in (*unmet, *plan.warnings))
-    return "\n".join([f"{told}\n", f"{_aligned(rows)}\n", takes, *warnings])
+    for name, count in plan["choices"].items():
+        rows.append((name, str(count), f"10^{plan['architectures_log10'][name]:.1f}"))
+    told = [
+        f"teacher: {plan['params']:,} params, {plan['macs']:,} MACs, validation accuracy {percent(plan['accuracy'])}",
+        f"\n{_aligned(rows)}\n",
+        f"{plan['rollouts']} rollouts of {plan['rollout_seconds']:.2f} s",
+        f"full trainings of {plan['training_steps']:,} steps of {1e3 * plan['step_seconds']:.1f} ms",
+        f"about {_duration(plan['seconds'])} here; nothing was written",
+    ]
+    for name, gap in plan["gaps"].items():
+        told.append(f"warning: no student meets the limit on {name}, the least misses it by {gap:.1%}")
+    return "\n".join([*told, *(f"warning: {warning}" for warning in plan["warnings"])])
 
 
 def _duration(seconds: float) -> str:

@@ -130,36 +130,43 @@ class Evaluation:
         return new
 
 
+@dataclass(frozen=True)
 class Evaluator:
     """Builds, trains and validates the students of one space.
 
     All rollouts share their batches, the teacher's logits and the validation images, so that students differ by their
-    architecture and not by what they saw.
+    architecture and not by what they saw. stage: its name, which seeds students. calibration: images (N, C, H, W) for
+    the norms' statistics. training: of students, instead of `distill.train`.
     """
 
-    def __init__(
-        self,
-        stage: str,
-        space: ArchitectureSpace,
-        data: ImageData,
-        logits: TeacherLogits,
-        calibration: Tensor,
-        config: SearchConfig,
-        training: Training | None = None,
-    ) -> None:
-        """stage: its name, which seeds students. calibration: images (N, C, H, W) for the norms' statistics.
+    stage: str
+    space: ArchitectureSpace
+    data: ImageData
+    logits: TeacherLogits
+    calibration: Tensor
+    config: SearchConfig
+    training: Training | None = None
 
-        training: of students, instead of `distill.train`.
-        """
-        self.stage, self.space, self.data, self.config = stage, space, data, config
-        self._logits, self._calibration, self._training = logits, calibration, training
-        self.device = data.train.images.device
-        steps_per_epoch = max(1, len(data.train) // config.batch_size)
-        self._rollout_epochs = config.rollout_steps / steps_per_epoch if config.epochs is None else config.epochs
-        self._rollout_batches = self._batches(self._rollout_epochs, keep=True)
-        # narrow students on a GPU wait for launches and casts, not for arithmetic (bench/gpu.md)
-        self._how = {"capture": True, "autocast": False} if self.device.type == "cuda" else {}
-        self._images = _subset(data.validation, config.validation_images, derived(config.seed, "validation"))
+    @property
+    def device(self) -> torch.device:
+        """Where students are."""
+        return self.data.train.images.device
+
+    @functools.cached_property
+    def _rollout_batches(self) -> Batches:
+        steps_per_epoch = max(1, len(self.data.train) // self.config.batch_size)
+        epochs = self.config.rollout_steps / steps_per_epoch if self.config.epochs is None else self.config.epochs
+        return self._batches(epochs, keep=True)
+
+    @functools.cached_property
+    def _images(self) -> Split:
+        """The validation images on which rollouts' students are tried, drawn by the seed."""
+        split, count = self.data.validation, self.config.validation_images
+        if count is None or count >= len(split):
+            return split
+        generator = torch.Generator().manual_seed(derived(self.config.seed, "validation"))
+        index = torch.randperm(len(split), generator=generator)[:count]
+        return split.subset(index.sort().values.to(split.labels.device))
 
     def evaluate(self, arch: Architecture, seed: int) -> Evaluation:
         """Evaluate a student after the few steps of a rollout; numbers that are not finite become its error."""
@@ -170,8 +177,9 @@ class Evaluator:
                 clock.note("build")
                 latency = latency_of(student, self.data, self.config)
                 clock.note("latency")
-                rate = self.config.learning_rate
-                self._train(student, self._rollout_batches, self._rollout_epochs, rate, **self._how)
+                # narrow students on a GPU wait for launches and casts, not for arithmetic (bench/gpu.md)
+                how = {"capture": True, "autocast": False} if self.device.type == "cuda" else {}
+                self._train(student, self._rollout_batches, self.config.learning_rate, **how)
                 clock.note("train")
             with as_products(student, self.device):
                 short_accuracy = accuracy(student, self._images, strict=True)
@@ -197,19 +205,19 @@ class Evaluator:
             student = self._build(arch)
             # at the full rate a training of few steps harms students that are nearly the teacher
             learning_rate = self.config.final_learning_rate * math.sqrt(min(1.0, len(batches) / FULL_RATE_STEPS))
-            self._train(student, batches, epochs, learning_rate, progress=progress, checkpointer=checkpointer)
+            self._train(student, batches, learning_rate, progress=progress, checkpointer=checkpointer)
         return student
 
     def _build(self, arch: Architecture) -> fx.GraphModule:
         student = self.space.build(arch, self.config.init)
         if self.config.init != "fitted":  # which has re-estimated norms on the way
-            recalibrate(student, torch.split(self._calibration, 128))
+            recalibrate(student, torch.split(self.calibration, 128))
         return student
 
-    def _train(self, student: fx.GraphModule, batches: Batches, epochs: float, rate: float, **how: Any) -> None:
+    def _train(self, student: fx.GraphModule, batches: Batches, rate: float, **how: Any) -> None:
         """how: further arguments of `distill.train`."""
-        if self._training is not None:
-            self._training(student.train(), epochs)
+        if self.training is not None:
+            self.training(student.train(), batches.schedule.epochs)
             student.eval()
         else:
             train(student, batches, learning_rate=rate, kd_weight=self.config.kd_weight, **how)
@@ -217,7 +225,7 @@ class Evaluator:
     def _batches(self, epochs: float, **how: Any) -> Batches:
         config, data = self.config, self.data
         seed = derived(config.seed, "batches")
-        return Batches(data.train, self._logits, epochs, config.batch_size, data.augmentation, seed, **how)
+        return Batches(data.train, self.logits, epochs, config.batch_size, data.augmentation, seed, **how)
 
 
 @dataclass(frozen=True)
@@ -292,11 +300,3 @@ class _Clock:
     def note(self, part: str) -> None:
         at = now(self._device)
         self.seconds[part], self._last = round(at - self._last, 4), at
-
-
-def _subset(split: Split, count: int | None, seed: int) -> Split:
-    """`count` images of a split, drawn by the seed; the split itself where it has no more."""
-    if count is None or count >= len(split):
-        return split
-    index = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count]
-    return split.subset(index.sort().values.to(split.labels.device))

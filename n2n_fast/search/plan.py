@@ -1,7 +1,8 @@
 """What a search would do: how large its spaces are, whether its limits can be met, and about how long it takes."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -17,58 +18,37 @@ from n2n_fast.training.data import ImageData
 TIMED_STEPS = 20  # at most, of the training of the student that is timed
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A search to come. choices: in each stage, layers, or widths and kernels. architectures_log10: of how many
-    architectures that gives, at most. gaps: how far the smallest student stays from limits on costs, relative to them.
-    training_steps: of all full trainings. seconds: of all of it, about.
-    """
+def plan(teacher: nn.Module, data: ImageData, config: SearchConfig) -> dict[str, Any]:
+    """Look at the teacher's space, and time the evaluation of one student; nothing is written.
 
-    params: int
-    macs: int
-    accuracy: float
-    choices: dict[str, int]
-    architectures_log10: dict[str, float]
-    gaps: dict[str, float]
-    rollouts: int
-    rollout_seconds: float
-    training_steps: int
-    step_seconds: float
-    seconds: float
-    warnings: tuple[str, ...]
-
-
-def plan(teacher: nn.Module, data: ImageData, config: SearchConfig) -> Plan:
-    """Look at the teacher's space, and time the evaluation of one student of half its widths; nothing is written.
-
-    The second stage is counted as if the first had removed nothing. Raises BadInput where the teacher cannot be used.
+    params, macs, accuracy: the teacher's. choices: in each stage, of layers, or of widths and kernels.
+    architectures_log10: of how many architectures that gives, at most; of the second stage as if the first had removed
+    nothing. gaps: how far even the smallest student stays from limits on costs, relative to them. training_steps: of
+    all full trainings. seconds: of all of it, about. Raises BadInput where the teacher cannot be used.
     """
     reference, names = Reference.of(teacher, data, config), STAGES[config.stages]
     space = reference.space
-    all_choices = {
-        "removal": sum(layer.removable for layer in space.layers),
-        "shrinkage": sum(map(sum, space.choices(space.teacher))),
-    }
-    choices = {name: all_choices[name] for name in names}
-    sizes = {"removal": math.log10(2), "shrinkage": math.log10(len(config.ratios))}
+    removals = sum(layer.removable for layer in space.layers)
+    shrinkages = sum(map(sum, space.choices(space.teacher)))
+    choices = {"removal": (removals, 2), "shrinkage": (shrinkages, len(config.ratios))}
     smallest = _smallest(space, config)
     cost = Cost(smallest.params, smallest.macs, latency_of(space.build(smallest, "sliced"), data, config))
     rollout, step = _timed(reference, data, config)
     rollouts, steps = len(names) * config.updates * config.rollouts, _training_steps(config, len(data.train))
-    return Plan(
-        space.teacher.params,
-        space.teacher.macs,
-        reference.accuracy,
-        choices,
-        {name: count * sizes[name] for name, count in choices.items()},
-        reference.limits(config).gaps(cost, accuracy=1.0),  # which only a search can tell
-        rollouts,
-        rollout,
-        steps,
-        step,
-        rollouts * rollout + steps * step,
-        space.warnings,
-    )
+    return {
+        "params": space.teacher.params,
+        "macs": space.teacher.macs,
+        "accuracy": reference.accuracy,
+        "choices": {name: choices[name][0] for name in names},
+        "architectures_log10": {name: choices[name][0] * math.log10(choices[name][1]) for name in names},
+        "gaps": reference.limits(config).gaps(cost, accuracy=1.0),  # whose limit only a search can tell
+        "rollouts": rollouts,
+        "rollout_seconds": rollout,
+        "training_steps": steps,
+        "step_seconds": step,
+        "seconds": rollouts * rollout + steps * step,
+        "warnings": list(space.warnings),
+    }
 
 
 def _smallest(space: ArchitectureSpace, config: SearchConfig) -> Architecture:
