@@ -291,7 +291,7 @@ class Stage:
         saved, place = self.search.directory.checkpoint, len(self.search.stages) - 1
         with understood(self.search.directory.path / CHECKPOINT):
             if saved is not None and place < len(saved["stages"]):
-                self._load_state_dict(saved["stages"][place])
+                self._load_state_dict(dict(saved["stages"][place]))
 
     def _load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["name"] != self.name:
