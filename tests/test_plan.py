@@ -41,6 +41,7 @@ def test_more_steps_take_longer_than_is_timed(problem):
 @pytest.mark.parametrize("stages", ["removal", "both"])
 def test_a_limit_that_no_student_meets_is_told(stages, problem):
     found = plan(*problem, replace(TINY, stages=stages, max_params=10, max_macs=10**9, max_drop=1.0, max_latency=1e-6))
+    assert found["limits"] == {"params": 10, "macs": 10**9, "latency": 1e-6}
     assert set(found["gaps"]) == {"params", "latency"}
     assert found["gaps"]["params"] > 1
 

@@ -57,8 +57,10 @@ def plan_table(plan: dict[str, Any]) -> str:
         f"full trainings of {plan['training_steps']:,} steps of {1e3 * plan['step_seconds']:.1f} ms",
         f"about {_duration(plan['seconds'])} here; nothing was written",
     ]
-    for name, gap in plan["gaps"].items():
-        told.append(f"warning: no student meets the limit on {name}, the least misses it by {gap:.1%}")
+    for name, limit in plan["limits"].items():
+        gap = plan["gaps"].get(name)
+        met = "can be met" if gap is None else f"cannot be met, the smallest student misses it by {gap:.1%}"
+        told.append(f"limit of {limit:,} on {name}: {met}")
     return "\n".join([*told, *(f"warning: {warning}" for warning in plan["warnings"])])
 
 

@@ -90,7 +90,6 @@ def _train(stage: Stage, arch: Architecture, number: int) -> None:
     config, device = stage.config, stage.search.executor.evaluator.device
     if arch.key not in stage.evaluated:
         next(stage.evaluate({number: arch}))
-    evaluation = stage.evaluated[arch.key][1]
     purpose, final_accuracy = f"anchor {number + 1} of {stage.name}", None
     is_measure = stage is stage.search.stages[0] and number == config.anchors // 2
     start = now(device)
@@ -98,17 +97,6 @@ def _train(stage: Stage, arch: Architecture, number: int) -> None:
     if full_accuracy is not None and is_measure and stage.search.constraints.min_accuracy is not None:
         final_accuracy, _ = stage.train(arch, config.final_epochs, f"{purpose}, as a final student")
     stage.anchors.append(Anchor(arch.key, full_accuracy, final_accuracy))
-    stage.log(
-        "anchor",
-        index=number,
-        architecture=arch.key,
-        params=arch.params,
-        macs=arch.macs,
-        latency=evaluation.latency,
-        short_accuracy=evaluation.short_accuracy,
-        full_accuracy=full_accuracy,
-        final_accuracy=final_accuracy,
-        seconds=evaluation.seconds,
-        training_seconds=round(now(device) - start, 4),
-        error=evaluation.error,
-    )
+    told = {"full_accuracy": full_accuracy, "final_accuracy": final_accuracy}
+    seconds = round(now(device) - start, 4)
+    stage.log("anchor", index=number, **stage.shown(arch.key), **told, training_seconds=seconds)

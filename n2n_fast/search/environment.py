@@ -55,23 +55,17 @@ class Transition:
 
     @classmethod
     def of(
-        cls,
-        space: ArchitectureSpace,
-        config: SearchConfig,
-        removes: bool,
-        last: bool,
-        limited: Collection[str],
-        own_reward: bool = False,
+        cls, space: ArchitectureSpace, config: SearchConfig, removes: bool, limited: Collection[str], grows: bool = True
     ) -> "Transition":
-        """Students are brought to the limits on params and MACs, unless there is nothing but removals to do that.
+        """Students are brought to the limits on params and MACs among `limited`, objectives as of `Constraints.enough`.
 
-        One that is smaller than is rewarded gets wider, unless it has to be fast as well. last: no stage follows.
-        limited: the objectives with a limit, `Constraints.enough`. own_reward: the user's, which may reward more.
+        One that is smaller than is rewarded gets wider, unless it has to be fast as well. grows: not where the reward
+        is the user's own, which may reward more.
         """
-        if not (limits := {"params", "macs"} & set(limited)) or (removes and last):
+        if not (limits := {"params", "macs"} & set(limited)):
             return cls(space, removes, config.ratios)
         saves = next(name for name in (config.objective, "params", "macs") if name in limits)
-        grows = removes or (not own_reward and config.objective in limited and "latency" not in limited)
+        grows = removes or (grows and config.objective in limited and "latency" not in limited)
         return cls(space, removes, config.ratios, saves, config.max_params, config.max_macs, grows)
 
     def __call__(self, actions: list[Any]) -> Architecture:

@@ -1,5 +1,6 @@
 """What a search would do: how large its spaces are, whether its limits can be met, and about how long it takes."""
 
+import contextlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -7,8 +8,6 @@ from typing import Any
 from torch import nn
 
 from n2n_fast.files.errors import BadInput, DegenerateArchitecture
-from n2n_fast.networks.graph import Architecture
-from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search.config import STAGES, SearchConfig
 from n2n_fast.search.environment import Evaluator
 from n2n_fast.search.reward import Cost
@@ -23,15 +22,20 @@ def plan(teacher: nn.Module, data: ImageData, config: SearchConfig) -> dict[str,
 
     params, macs, accuracy: the teacher's. choices: in each stage, of layers, or of widths and kernels.
     architectures_log10: of how many architectures that gives, at most; of the second stage as if the first had removed
-    nothing. gaps: how far even the smallest student stays from limits on costs, relative to them. training_steps: of
-    all full trainings. seconds: of all of it, about. Raises BadInput where the teacher cannot be used.
+    nothing. limits: on costs; gaps: how far even the smallest student stays from them, relative to them.
+    training_steps: of all full trainings. seconds: of all of it, about. Raises BadInput where the teacher is of no use.
     """
     reference, names = Reference.of(teacher, data, config), STAGES[config.stages]
-    space = reference.space
+    space, limits = reference.space, reference.limits(config)
     removals = sum(layer.removable for layer in space.layers)
     shrinkages = sum(map(sum, space.choices(space.teacher)))
     choices = {"removal": (removals, 2), "shrinkage": (shrinkages, len(config.ratios))}
-    smallest = _smallest(space, config)
+    smallest, count = space.teacher, len(space.layers)
+    if config.stages != "removal":
+        smallest = space.shrink_within(space.teacher, [1.0] * count, [min(config.ratios)] * count, params=1)
+    else:
+        with contextlib.suppress(DegenerateArchitecture):
+            smallest = space.remove(space.teacher, [False] * count)
     cost = Cost(smallest.params, smallest.macs, latency_of(space.build(smallest, "sliced"), data, config))
     rollout, step = _timed(reference, data, config)
     rollouts, steps = len(names) * config.updates * config.rollouts, _training_steps(config, len(data.train))
@@ -41,7 +45,8 @@ def plan(teacher: nn.Module, data: ImageData, config: SearchConfig) -> dict[str,
         "accuracy": reference.accuracy,
         "choices": {name: choices[name][0] for name in names},
         "architectures_log10": {name: choices[name][0] * math.log10(choices[name][1]) for name in names},
-        "gaps": reference.limits(config).gaps(cost, accuracy=1.0),  # whose limit only a search can tell
+        "limits": limits.costs,
+        "gaps": limits.gaps(cost, accuracy=1.0),  # only a search can tell whether a limit on that can be met
         "rollouts": rollouts,
         "rollout_seconds": rollout,
         "training_steps": steps,
@@ -49,17 +54,6 @@ def plan(teacher: nn.Module, data: ImageData, config: SearchConfig) -> dict[str,
         "seconds": rollouts * rollout + steps * step,
         "warnings": list(space.warnings),
     }
-
-
-def _smallest(space: ArchitectureSpace, config: SearchConfig) -> Architecture:
-    """The smallest student whose shape is known before a search: without all that can go, or of fewest channels."""
-    count = len(space.layers)
-    if config.stages == "removal":
-        try:
-            return space.remove(space.teacher, [False] * count)
-        except DegenerateArchitecture:
-            return space.teacher
-    return space.shrink_within(space.teacher, [1.0] * count, [min(config.ratios)] * count, params=1)
 
 
 def _timed(reference: Reference, data: ImageData, config: SearchConfig) -> tuple[float, float]:

@@ -156,36 +156,24 @@ def _rollouts(stage: Stage, actions: Tensor) -> Iterator[Rollout]:
     are_new = stage.evaluate({i: arch for i, arch in enumerate(archs) if isinstance(arch, Architecture)})
     for index, (row, arch) in enumerate(zip(rows, archs, strict=True)):
         if isinstance(arch, Architecture):
-            rollout = _rewarded(stage, index, row, arch, cached=not next(are_new))
+            learned = _judged(stage, arch, cached=not next(are_new))
         else:
-            rollout = Rollout(stage.name, stage.update, index, row, error=arch.reason)
+            learned = {"error": arch.reason}
+        rollout = Rollout(stage.name, stage.update, index, row, **learned)
         stage.search.directory.log({"kind": "rollout", **asdict(rollout)})
         yield rollout
 
 
-def _rewarded(stage: Stage, index: int, actions: list[Any], arch: Architecture, cached: bool) -> Rollout:
-    """The rollout of an evaluated student, with its reward by the predictor of this moment."""
-    evaluation, judged = stage.evaluated[arch.key][1], stage.judge(arch.key)
-    learned: dict[str, Any] = {}
+def _judged(stage: Stage, arch: Architecture, cached: bool) -> dict[str, Any]:
+    """What a rollout tells of an evaluated student, with its reward by the predictor of this moment."""
+    told, judged = {**stage.shown(arch.key), "cached": cached}, stage.judge(arch.key)
+    if cached:
+        told["seconds"] = {}
     if judged is not None:
-        reward = stage.reward.penalised(judged.reward, judged.violation, stage.update)
-        learned = {"predicted_accuracy": judged.accuracy, "accuracy_error": judged.error, "reward": reward}
-        learned["feasible"] = judged.violation == 0
-    return Rollout(
-        stage.name,
-        stage.update,
-        index,
-        actions,
-        architecture=arch.key,
-        params=arch.params,
-        macs=arch.macs,
-        latency=evaluation.latency,
-        short_accuracy=evaluation.short_accuracy,
-        cached=cached,
-        seconds={} if cached else evaluation.seconds,
-        error=evaluation.error,
-        **learned,
-    )
+        told |= {"predicted_accuracy": judged.accuracy, "accuracy_error": judged.error}
+        told |= {"reward": stage.reward.penalised(judged.reward, judged.violation, stage.update)}
+        told |= {"feasible": judged.violation == 0}
+    return told
 
 
 def read_policies(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -136,8 +136,9 @@ class Stage:
         self.is_last = name == STAGES[config.stages][-1]
         removes = name == "removal"
         limited = constraints.enough(teacher.cost, self.is_last)
-        limits = constraints if self.is_last else constraints.untimed
-        self.transition = Transition.of(space, config, removes, self.is_last, limited, search.reward is not None)
+        limits = constraints if self.is_last else replace(constraints, max_latency=None)
+        reached = () if removes and self.is_last else limited  # nothing but removals could do that
+        self.transition = Transition.of(space, config, removes, reached, grows=search.reward is None)
         self.reward = StageReward(
             teacher.cost, teacher.accuracy, config.objective, limits, limited, config.penalty, search.reward
         )
@@ -207,6 +208,11 @@ class Stage:
         except NOT_FINITE as error:
             search.progress.message(f"{purpose}: the training diverged ({first_line(error)})")
             return None, None
+
+    def shown(self, key: str) -> dict[str, Any]:
+        """An evaluated student and what it shows, for history.jsonl."""
+        arch, evaluation = self.evaluated[key]
+        return {"architecture": key, "params": arch.params, "macs": arch.macs, **asdict(evaluation)}
 
     # Judgement
 

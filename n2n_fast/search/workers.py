@@ -11,7 +11,7 @@ import os
 import pickle
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,16 +43,11 @@ class Workers:
             raise BadInput(f"gpus_per_worker: {self.gpus}; give a fraction of at least 0, or a whole number")
 
 
-class _Worker:
-    """What works in a Ray worker."""
-
-    def __init__(self, recipe: Recipe, device: str) -> None:
-        torch.set_num_threads(1)
-        with telling_device_faults():
-            self._evaluator = recipe(device)
-
-    def evaluate(self, arch: Architecture, seed: int) -> Evaluation:
-        return evaluated(self._evaluator, arch, seed)
+def _worker(recipe: Recipe, device: str) -> Callable[[Architecture, int], Evaluation]:
+    """What evaluates in a Ray worker."""
+    torch.set_num_threads(1)
+    with telling_device_faults():
+        return functools.partial(evaluated, recipe(device))
 
 
 def _shell() -> type:
@@ -73,7 +68,7 @@ def _shell() -> type:
             self.worker = pickle.loads(self.worker)()
 
         def evaluate(self, *job: Any) -> Any:
-            return self.worker.evaluate(*job)
+            return self.worker(*job)
 
     return Shell
 
@@ -124,7 +119,7 @@ class RayExecutor(Executor):
         device = "cpu" if kind == "cuda" and not gpus else kind
         if device != kind and evaluator.config.times:
             raise BadInput("gpus_per_worker: 0, but latency counts, which is the GPU's; give workers a share of it")
-        worker = self._ray.put(self._ray.cloudpickle.dumps(functools.partial(_Worker, recipe, device)))
+        worker = self._ray.put(self._ray.cloudpickle.dumps(functools.partial(_worker, recipe, device)))
         path = [entry or str(Path.cwd()) for entry in sys.path]
         actor = self._ray.remote(num_cpus=1, num_gpus=gpus)(_shell())
         self._hire = functools.partial(actor.remote, path, worker)
