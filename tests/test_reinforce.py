@@ -504,19 +504,11 @@ def test_what_students_start_from_can_be_chosen(search, init, saliency):
 # Teachers and settings
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("updates", 0),
-        ("ratios", (0.5, 0.2)),
-        ("stages", "all"),
-        ("epochs", float("nan")),
-        ("min_accuracy", 1.5),
-        ("objective", "price"),
-        ("max_latency", 0.0),
-        ("max_drop", -1.0),
-    ],
-)
+USELESS = {"updates": 0, "ratios": (0.5, 0.2), "stages": "all", "epochs": float("nan"), "min_accuracy": 1.5,
+           "objective": "price", "max_latency": 0.0, "max_drop": -1.0}  # fmt: skip
+
+
+@pytest.mark.parametrize(("setting", "value"), USELESS.items())
 def test_useless_settings_are_refused(setting, value):
     with pytest.raises(BadInput, match=setting):
         SearchConfig(**{setting: value})

@@ -59,35 +59,11 @@ def compress(
         settings = _settings(teacher, data, config, command)
         with RunDirectory(Path(out), settings, resume, progress.stopping) as directory:
             reference = Reference.of(teacher, data, config)
-            _introduce(reference, progress)
+            for line in (*(f"warning: {warning}" for warning in reference.space.warnings), reference.summary):
+                progress.message(line)
             directory.begin()
             shared = config, data, reference, reference.limits(config), directory, progress, executor
             return _search_in_stages(Search(*shared, trained, training, reward))
-
-
-def _settings(
-    teacher: nn.Module, data: ImageData, config: SearchConfig, command: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """What config.json says of a run; the data's preprocessing, by which `evaluate` shows the student images."""
-    split = data.train
-    preprocessing = {
-        "name": data.name,
-        "image_size": split.image_size[0],
-        "channels": split.channels,
-        "mean": split.mean.tolist(),
-        "std": split.std.tolist(),
-    }
-    noted = {} if command is None else {"command": dict(command)}
-    return {**asdict(config), "data": preprocessing, "teacher": digest(teacher), **noted}
-
-
-def _introduce(reference: Reference, progress: SearchProgress) -> None:
-    """Tell what there is to know of the teacher."""
-    for warning in reference.space.warnings:
-        progress.message(f"warning: {warning}")
-    cost = reference.cost
-    timed = "" if cost.latency is None else f", {cost.latency:.2f} ms"
-    progress.message(f"teacher: {cost.params:,} params{timed}, validation accuracy {reference.accuracy:.2%}")
 
 
 def _search_in_stages(search: Search) -> Result:
@@ -156,24 +132,24 @@ def _rollouts(stage: Stage, actions: Tensor) -> Iterator[Rollout]:
     are_new = stage.evaluate({i: arch for i, arch in enumerate(archs) if isinstance(arch, Architecture)})
     for index, (row, arch) in enumerate(zip(rows, archs, strict=True)):
         if isinstance(arch, Architecture):
-            learned = _judged(stage, arch, cached=not next(are_new))
+            outcome = _judged(stage, arch, cached=not next(are_new))
         else:
-            learned = {"error": arch.reason}
-        rollout = Rollout(stage.name, stage.update, index, row, **learned)
+            outcome = {"error": arch.reason}
+        rollout = Rollout(stage.name, stage.update, index, row, **outcome)
         stage.search.directory.log({"kind": "rollout", **asdict(rollout)})
         yield rollout
 
 
 def _judged(stage: Stage, arch: Architecture, cached: bool) -> dict[str, Any]:
-    """What a rollout tells of an evaluated student, with its reward by the predictor of this moment."""
-    told, judged = {**stage.shown(arch.key), "cached": cached}, stage.judge(arch.key)
+    """What becomes of an evaluated student: its accuracies, and its reward by the predictor of this moment."""
+    outcome, judged = {**stage.shown(arch.key), "cached": cached}, stage.judge(arch.key)
     if cached:
-        told["seconds"] = {}
+        outcome["seconds"] = {}
     if judged is not None:
-        told |= {"predicted_accuracy": judged.accuracy, "accuracy_error": judged.error}
-        told |= {"reward": stage.reward.penalised(judged.reward, judged.violation, stage.update)}
-        told |= {"feasible": judged.violation == 0}
-    return told
+        outcome |= {"predicted_accuracy": judged.accuracy, "accuracy_error": judged.error}
+        outcome["reward"] = stage.reward.penalised(judged.reward, judged.violation, stage.update)
+        outcome["feasible"] = judged.violation == 0
+    return outcome
 
 
 def read_policies(path: Path) -> dict[str, Any]:
@@ -182,3 +158,19 @@ def read_policies(path: Path) -> dict[str, Any]:
     if not policies.keys() & set(STAGES["both"]):
         raise BadInput(f"{path}: holds no policy; give the policies.pt of a run")
     return policies
+
+
+def _settings(
+    teacher: nn.Module, data: ImageData, config: SearchConfig, command: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What config.json says of a run; the data's preprocessing, by which `evaluate` shows the student images."""
+    split = data.train
+    preprocessing = {
+        "name": data.name,
+        "image_size": split.image_size[0],
+        "channels": split.channels,
+        "mean": split.mean.tolist(),
+        "std": split.std.tolist(),
+    }
+    noted = {} if command is None else {"command": dict(command)}
+    return {**asdict(config), "data": preprocessing, "teacher": digest(teacher), **noted}

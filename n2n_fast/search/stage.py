@@ -296,29 +296,30 @@ class Stage:
         """Take up what the run's checkpoint has of this stage. Raises BadInput where it is of no such stage."""
         saved, place = self.search.directory.checkpoint, len(self.search.stages) - 1
         with understood(self.search.directory.path / CHECKPOINT):
-            if saved is not None and place < len(saved["stages"]):
-                self._load_state_dict(dict(saved["stages"][place]))
-
-    def _load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["name"] != self.name:
-            raise ValueError(f"of the stage {state['name']!s:.80}")
-        self.update = checked(state["update"], int)
-        self.baseline = _checked_or_none(state["baseline"])
-        load_finite(self.policy, state["policy"])
-        load_optimizer(self.optimizer, state["optimizer"])
-        self.generator.set_state(state["generator"])
-        for record, evaluation in parse_json(state["evaluated"]):
-            arch = self.space.member(Architecture.from_json(json.dumps(record)))
-            self.evaluated[arch.key] = arch, Evaluation.from_record(evaluation, self.config.times)
-        self.anchors = [Anchor(key, _checked_or_none(full), _checked_or_none(f)) for key, full, f in state["anchors"]]
-        self.finals = [Final(key, checked(full, float), student) for key, full, student in state["finals"]]
-        unknown = {anchor.key for anchor in self.anchors if anchor.key} | {final.key for final in self.finals}
-        if unknown - self.evaluated.keys():
-            raise ValueError("an anchor or a trained student was never evaluated")
-        if not (isinstance(state["done"], bool) and (self.finals or not state["done"])):
-            raise ValueError("a stage that is done without a student")
-        self.done = state["done"]
-        self.predictor = self._learned()
+            if saved is None or place >= len(saved["stages"]):
+                return
+            state = dict(saved["stages"][place])
+            if state["name"] != self.name:
+                raise ValueError(f"of the stage {state['name']!s:.80}")
+            self.update = checked(state["update"], int)
+            self.baseline = _checked_or_none(state["baseline"])
+            load_finite(self.policy, state["policy"])
+            load_optimizer(self.optimizer, state["optimizer"])
+            self.generator.set_state(state["generator"])
+            for record, evaluation in parse_json(state["evaluated"]):
+                arch = self.space.member(Architecture.from_json(json.dumps(record)))
+                self.evaluated[arch.key] = arch, Evaluation.from_record(evaluation, self.config.times)
+            self.anchors = [
+                Anchor(key, _checked_or_none(full), _checked_or_none(final)) for key, full, final in state["anchors"]
+            ]
+            self.finals = [Final(key, checked(full, float), student) for key, full, student in state["finals"]]
+            trained = {anchor.key for anchor in self.anchors if anchor.key} | {final.key for final in self.finals}
+            if trained - self.evaluated.keys():
+                raise ValueError("an anchor or a trained student was never evaluated")
+            if not isinstance(state["done"], bool) or (state["done"] and not self.finals):
+                raise ValueError("a stage that is done without a student")
+            self.done = state["done"]
+            self.predictor = self._learned()
 
 
 def _checked_or_none(value: Any) -> float | None:

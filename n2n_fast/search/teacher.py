@@ -49,6 +49,12 @@ class Reference:
         cost = Cost(space.teacher.params, space.teacher.macs, latency_of(module, data, config))
         return cls(given, module, space, calibration, cost, validation_accuracy, TeacherLogits(module, data.train))
 
+    @property
+    def summary(self) -> str:
+        """One line of it."""
+        timed = "" if self.cost.latency is None else f", {self.cost.latency:.2f} ms"
+        return f"teacher: {self.cost.params:,} params{timed}, validation accuracy {self.accuracy:.2%}"
+
     def limits(self, config: SearchConfig) -> Constraints:
         """The limits on students, that on the drop of accuracy below the teacher's among them."""
         least = config.min_accuracy
