@@ -90,8 +90,7 @@ def test_a_warm_started_policy_draws_around_what_it_was_shown(kind):
 def test_the_divergence_is_none_from_what_a_policy_draws_itself(kind):
     policy, x, mask = make(kind), sequence(1), mask_of(kind, [True])
     generator = torch.Generator().manual_seed(0)
-    first = torch.full((1, 1, 2), RATIOS - 1)
-    own = policy(x).sigmoid() if kind == "removal" else policy(x, first)[0].exp()
+    own = policy(x).sigmoid() if kind == "removal" else policy(x, torch.zeros(1, 1, 2, dtype=torch.int64))[0].exp()
     assert policy.divergence(x, mask, own.detach(), generator).item() == pytest.approx(0, abs=1e-5)
     other = policy.around(policy.spread(mask, 0.5, generator))
     assert policy.divergence(x, mask, other, generator).item() > 0.01
@@ -121,9 +120,8 @@ def test_shrinkage_samples_are_the_largest_of_noisy_logits():
     mask = torch.rand(LAYERS, 2, generator=torch.Generator().manual_seed(2)) < 0.7
     actions = sample(policy, x, mask, 6, seed=5)
     noise = -torch.empty(LAYERS, 6, 2, RATIOS).exponential_(generator=torch.Generator().manual_seed(5)).log()
-    before = torch.cat([torch.full((6, 1, 2), RATIOS - 1), actions[:, :-1]], 1)
     with torch.no_grad():
-        wanted = (policy(x, before) + noise.transpose(0, 1)).argmax(3)
+        wanted = (policy(x, actions) + noise.transpose(0, 1)).argmax(3)
     assert torch.equal(actions, torch.where(mask, wanted, RATIOS - 1))
 
 
@@ -145,12 +143,12 @@ def test_shrinkage_looks_back_and_removal_both_ways():
     x, changed = sequence(), sequence()
     changed[-1] += 1
     removal, shrinkage = make("removal"), make("shrinkage")
-    previous = torch.zeros(1, LAYERS, 2, dtype=torch.int64)
+    actions = torch.zeros(1, LAYERS, 2, dtype=torch.int64)
     with torch.no_grad():
         assert (removal(x)[0] - removal(changed)[0]).abs() > 0
-        assert torch.equal(shrinkage(x, previous)[:, :-1], shrinkage(changed, previous)[:, :-1])
-        previous[0, 2] = 1
-        after = shrinkage(x, previous) - shrinkage(x, torch.zeros_like(previous))
+        assert torch.equal(shrinkage(x, actions)[:, :-1], shrinkage(changed, actions)[:, :-1])
+        actions[0, 1] = 1
+        after = shrinkage(x, actions) - shrinkage(x, torch.zeros_like(actions))
     assert not after[0, :2].any()
     assert (after[0, 2:].abs().amax((1, 2)) > 0).all()
 
