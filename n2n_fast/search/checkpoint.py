@@ -97,7 +97,7 @@ class RunDirectory:
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace checkpoint.pt by `state`, of tensors, numbers, strings, lists and dictionaries.
 
-        A training that was at hand has ended with it. Raises Interrupted where the search was asked to stop.
+        The current training, if any, has ended with it. Raises Interrupted where the search was asked to stop.
         """
         os.fsync(self._history.fileno())
         self.write_tensors(CHECKPOINT, {**state, "history": self._history.tell()})
@@ -142,7 +142,7 @@ class RunDirectory:
 
 
 class TrainingCheckpointer:
-    """Keeps the training at hand in training.pt, every half minute and when the search is asked to stop."""
+    """Keeps the current training in training.pt, every half minute and when the search is asked to stop."""
 
     def __init__(self, directory: RunDirectory, name: str, stopping: Callable[[], bool]) -> None:
         """name: of the training, whose state no other one takes. stopping: whether the search was asked to stop."""

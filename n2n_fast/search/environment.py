@@ -100,7 +100,7 @@ class Transition:
 @dataclass(frozen=True)
 class Evaluation:
     """What a student shows. short_accuracy: after the few steps, on the images set aside for rollouts; None where
-    `error` says why there is none. latency: ms, where the search asks for it. seconds: of each part of the work.
+    `error` says why there is none. latency: ms, where the search asks for it. seconds: of each step of the work.
     """
 
     short_accuracy: float | None
@@ -256,7 +256,7 @@ class Recipe:
 
 
 class Executor:
-    """Has the students of the stage at hand evaluated: here in this process, one after the other."""
+    """Has the students of the current stage evaluated: here in this process, one after the other."""
 
     evaluator: Evaluator
 
@@ -291,6 +291,6 @@ class _Clock:
         self.seconds: dict[str, float] = {}
         self._device, self._last = device, now(device)
 
-    def note(self, part: str) -> None:
+    def note(self, name: str) -> None:
         at = now(self._device)
-        self.seconds[part], self._last = round(at - self._last, 4), at
+        self.seconds[name], self._last = round(at - self._last, 4), at

@@ -59,13 +59,13 @@ class SearchProgress(Progress):
         """A rollout was evaluated; compression: how many times fewer params than the teacher the best has."""
 
     def stopping(self) -> bool:
-        """Whether to stop as soon as the update or training at hand is kept; the search then raises Interrupted."""
+        """Whether to stop as soon as the current update or training is kept; the search then raises Interrupted."""
         return False
 
 
 @dataclass(frozen=True)
 class Search:
-    """What the stages of a search share, and the stages that have begun, the one at hand last.
+    """What the stages of a search share, and the stages that have begun, the current one last.
 
     policies: of another run, by stage. training, reward: the user's own.
     """
@@ -130,7 +130,7 @@ class Stage:
     """
 
     def __init__(self, name: str, space: ArchitectureSpace, search: Search) -> None:
-        """The stage as the run's checkpoint left it, or before its first update; it is the one at hand from now on."""
+        """The stage as the run's checkpoint left it, or before its first update; it is the current one from now on."""
         config, teacher, constraints = search.config, search.teacher, search.constraints
         self.name, self.space, self.search, self.config = name, space, search, config
         self.is_last = name == STAGES[config.stages][-1]
@@ -165,7 +165,7 @@ class Stage:
         earlier = tuple((stage.result.to_json(), stage.best.student) for stage in search.stages[:-1])
         shared = search.data, teacher.logits, teacher.calibration, self.config, search.training
         recipe = Recipe(
-            self.name, teacher.given, search.data, teacher.calibration, self.config, earlier, search.training
+            self.name, teacher.original, search.data, teacher.calibration, self.config, earlier, search.training
         )
         search.executor.begin(Evaluator(self.name, self.space, *shared), recipe)
 
@@ -229,7 +229,7 @@ class Stage:
         return Judged(arch, accuracy, error, value, violation)
 
     def learn_accuracies(self) -> None:
-        """Let the predictor learn from all full trainings so far; rewards that were given stay as they are."""
+        """Let the predictor learn from all full trainings so far; earlier rewards stay as they are."""
         before, self.predictor = self.predictor, self._learned()
         if self.predictor != before:
             self.log("predictor", **asdict(self.predictor))
@@ -286,7 +286,7 @@ class Stage:
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
-            "evaluated": json.dumps([[asdict(arch), asdict(found)] for arch, found in self.evaluated.values()]),
+            "evaluated": json.dumps([[asdict(one) for one in pair] for pair in self.evaluated.values()]),
             "anchors": [list(anchor) for anchor in self.anchors],
             "finals": [list(final) for final in self.finals],
             "done": self.done,

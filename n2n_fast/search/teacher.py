@@ -25,11 +25,11 @@ from n2n_fast.training.teachers import check_fits
 class Reference:
     """The teacher, to which every stage's logits and rewards refer.
 
-    given: in float32 and eval mode, as it came, which may have more outputs. module: the same, gives logits alone.
+    original: in float32 and eval mode, as it came, which may have more outputs. module: the same, gives logits alone.
     space: of all its students. calibration: unlabelled images (n, C, H, W). accuracy: on the validation split.
     """
 
-    given: nn.Module
+    original: nn.Module
     module: nn.Module
     space: ArchitectureSpace
     calibration: Tensor
@@ -40,14 +40,14 @@ class Reference:
     @classmethod
     def of(cls, teacher: nn.Module, data: ImageData, config: SearchConfig) -> "Reference":
         """Try, trace and measure a copy of a teacher on the data's device. Raises BadInput where it cannot be used."""
-        given = copy.deepcopy(teacher).eval().to(data.train.images.device, torch.float32)
-        check_fits(given, data)
+        original = copy.deepcopy(teacher).eval().to(data.train.images.device, torch.float32)
+        check_fits(original, data)
         calibration = _calibration_images(data, config)
-        space = space_of(given, calibration, config)
-        module = giving_logits(given, space, calibration)
+        space = space_of(original, calibration, config)
+        module = giving_logits(original, space, calibration)
         validation_accuracy = _above_chance(module, data)
         cost = Cost(space.teacher.params, space.teacher.macs, latency_of(module, data, config))
-        return cls(given, module, space, calibration, cost, validation_accuracy, TeacherLogits(module, data.train))
+        return cls(original, module, space, calibration, cost, validation_accuracy, TeacherLogits(module, data.train))
 
     @property
     def summary(self) -> str:

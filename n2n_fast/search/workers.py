@@ -1,7 +1,7 @@
 """Ray workers, on this machine or a cluster, that evaluate an update's students.
 
 On CPUs the result depends neither on the number of workers nor on who finished first: each student has a seed of its
-own, results are given in the order in which they were asked for, and every worker computes on one CPU thread.
+own, results come in the order in which they were asked for, and every worker computes on one CPU thread.
 """
 
 import functools
@@ -79,7 +79,7 @@ def gpu_share(gpus: int, workers: int) -> float:
 
 
 class RayExecutor(Executor):
-    """Evaluates in Ray workers. A worker that is lost is replaced, and what it had at hand is given to another.
+    """Evaluates in Ray workers. A worker that is lost is replaced, and another one does its work.
 
     Ray's own restarts would not do: a restarted actor keeps its calls, and waits with them for a node with room, which
     there may never be again, while other workers are idle.
@@ -148,8 +148,8 @@ class RayExecutor(Executor):
         for index in range(len(jobs)):
             while True:
                 while self._idle and waiting:
-                    worker, given = self._idle.pop(), waiting.popleft()
-                    self._busy[worker.evaluate.remote(*jobs[given])] = worker, given
+                    worker, number = self._idle.pop(), waiting.popleft()
+                    self._busy[worker.evaluate.remote(*jobs[number])] = worker, number
                 if index in results:
                     break
                 self._await_one(waiting, results)
