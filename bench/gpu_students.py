@@ -15,7 +15,7 @@ import torch
 import n2n_fast
 from n2n_fast import SearchConfig
 from n2n_fast.networks.products import as_products
-from n2n_fast.search.evaluation import NOT_FINITE, Recipe
+from n2n_fast.search.environment import NOT_FINITE, Recipe
 from n2n_fast.training import teacher_files, teachers
 from n2n_fast.training.clock import now
 from n2n_fast.training.data import accuracy

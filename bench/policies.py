@@ -56,7 +56,6 @@ LEARNING = {
     },
     "begun at 0.8": {"keep_probability": 0.8},
     "plain advantages": {"normalise": False},
-    "entropy 0.01": {"entropy": 0.01},
     "baseline 0.95": {"baseline_decay": 0.95},
     "10 rollouts": {"rollouts": 10},
 }

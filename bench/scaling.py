@@ -20,7 +20,7 @@ import torch
 
 import n2n_fast
 from n2n_fast import SearchConfig
-from n2n_fast.search.evaluation import Recipe
+from n2n_fast.search.environment import Recipe
 from n2n_fast.search.workers import RayExecutor, Workers
 from n2n_fast.training import teachers
 

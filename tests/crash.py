@@ -13,55 +13,15 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from n2n_fast import SearchConfig, compress, from_tensors
-from n2n_fast.training.batches import Batches
-from n2n_fast.training.distill import seeded, train
-from n2n_fast.training.teachers import SmallResNet
+from n2n_fast import compress
+from quarters import TINY, equal, outcome, quarters, taught
 
-SMALL = SearchConfig(
-    updates=3,
-    rollouts=3,
-    rollout_steps=2,
-    anchors=3,
-    anchor_epochs=0.5,
-    anchor_every=2,
-    stage_epochs=0.5,
-    final_epochs=1.0,
-    batch_size=32,
-    calibration_images=32,
-)
-CLOCKS = {"seconds", "training_seconds"}
-WRITES = ("fsync", "replace")
-
-
-def small_problem():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(200) % 2
-    images = torch.randn(200, 1, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1)
-    data = from_tensors("bright", (images, labels), seed=0)
-    with seeded(0, torch.device("cpu")):
-        teacher = SmallResNet(1, data.classes, 1)
-    return train(teacher, Batches(data.train, teacher, 4, 32, None, seed=0), learning_rate=0.1), data
-
-
-def outcome(out):
-    """History without clocks, policies and student: what must not depend on how often the search was killed."""
-    lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
-    return (
-        [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines],
-        torch.load(out / "policies.pt", weights_only=True),
-        torch.load(out / "student.pt", weights_only=True),
-    )
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+SMALL = replace(TINY, updates=3, rollout_steps=2, anchors=3, anchor_every=2, calibration_images=32)
 
 
 def dies_at(count):
@@ -116,25 +76,22 @@ def killed_search(teacher, data, out, rng, whole_seconds):
 def main():
     wanted, rng = int(sys.argv[1]), random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
     torch.set_num_threads(1)
-    teacher, data = small_problem()
-    kills, failed = 0, []
+    data = quarters()
+    teacher, kills, failed = taught(data), 0, []
     with tempfile.TemporaryDirectory() as place:
         start = time.perf_counter()
         os.waitpid(search(teacher, data, Path(place) / "whole"), 0)
-        seconds = time.perf_counter() - start
-        whole = outcome(Path(place) / "whole")
+        seconds, whole = time.perf_counter() - start, outcome(Path(place) / "whole")
         while kills < wanted:
             out = Path(place) / "killed"
             died, status = killed_search(teacher, data, out, rng, seconds)
             kills += died
-            names = ("history", "policies", "student")
-            differs = [name for name, a, b in zip(names, whole, outcome(out), strict=True) if not same(a, b)]
+            differs = [name for name, value in outcome(out).items() if not equal(value, whole[name])]
             if status or differs:
                 failed.append({"kills": kills, "status": status, "differs": differs})
             shutil.rmtree(out)
-    print(
-        json.dumps({"kills": kills, "rollouts": sum(line["kind"] == "rollout" for line in whole[0]), "failed": failed})
-    )
+    rollouts = sum(line["kind"] == "rollout" for line in whole["history"])
+    print(json.dumps({"kills": kills, "rollouts": rollouts, "failed": failed}))
 
 
 if __name__ == "__main__":

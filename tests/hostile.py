@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from n2n_fast.networks.architecture import Architecture
+
 Files = dict[str, bytes]
 Cases = Iterator[tuple[str, Any]]  # by name what to write, or what to change
 Change = Callable[[Any], Any]  # in place, of a value of JSON
@@ -433,15 +435,19 @@ def mutations(good: dict[str, Any], values: tuple[Any, ...]) -> Cases:
 
 def checkpoints(good: dict[str, Any]) -> Cases:
     """good: the checkpoint of a run in its first stage."""
+    (stage,) = good["stages"]
     wrong = ("text", {"a": 3}, torch.zeros(2))
-    stage = good["stage"]
     yield from mutations(good, wrong)
-    for name, case in mutations({key: value for key, value in stage.items() if key != "name"}, wrong):
-        yield f"stage {name}", {**good, "stage": {"name": stage["name"], **case}}
+    yield "history of 2**70", {**good, "history": 2**70}
+    yield "stages of nothing", {**good, "stages": [{}]}
+    for name, case in mutations(stage, ("text",)):
+        if name.startswith(("without", "evaluated", "generator")):  # text is a value of others
+            yield f"stage {name}", {**good, "stages": [case]}
+    for name, case in mutations(stage, wrong[1:]):
+        if not name.startswith(("without", "evaluated", "generator")):
+            yield f"stage {name}", {**good, "stages": [case]}
     for name, changed in _stages(stage):
-        yield name, {**good, "stage": {**stage, **changed}}
-    for name, changed in _finished():
-        yield name, {**good, **changed}
+        yield name, {**good, "stages": [{**stage, **changed}]}
 
 
 def _stages(stage: dict[str, Any]) -> Cases:
@@ -464,20 +470,10 @@ def _stages(stage: dict[str, Any]) -> Cases:
     yield "evaluations nested deep", {"evaluated": "[" * 100_000}
     yield "a student that nobody knows", {"finals": [["0" * 12, 0.5, {}]]}
     yield "an anchor that nobody knows", {"anchors": [["0" * 12, 0.5, None]]}
-
-
-def _finished() -> Cases:
-    """What to change in a checkpoint beside its stage."""
-    removal = {"name": "removal", "architecture": "{}", "student": {}, "policy": {}, "accuracies": [], "points": "[]"}
-    yield "history of 2**70", {"history": 2**70}
-    yield "a stage done of nothing", {"finished": [{}]}
-    yield "a stage done of numbers", {"finished": [dict.fromkeys(removal, 3)]}
-    yield "a stage done of text", {"finished": [dict.fromkeys(removal, "[]")]}
-    yield "a stage done without a student", {"stage": None, "finished": [removal]}
-    yield "a stage that another search has", {"stage": None, "finished": [{**removal, "name": "third"}]}
-    yield "a stage at hand that is done", {"finished": [removal]}
-    yield "accuracies of text", {"finished": [{**removal, "accuracies": [["1", "2"]]}]}
-    yield "points of another form", {"finished": [{**removal, "points": "[{}]"}]}
+    yield "a stage done without a student", {"done": True}
+    arch = Architecture.from_json(json.dumps(json.loads(stage["evaluated"])[0][0]))
+    yield "a stage done of nothing", {"done": True, "finals": [[arch.key, 0.5, {}]]}
+    yield "a stage that another search has", {"name": "third"}
 
 
 ARCHITECTURES: Changes = {

@@ -1,5 +1,7 @@
 """A teacher, its data and a search of seconds, which several modules' tests share."""
 
+import json
+
 import torch
 from torch import nn
 
@@ -39,3 +41,23 @@ def taught(data: ImageData) -> nn.Module:
     with seeded(0, torch.device("cpu")):
         model = SmallResNet(1, data.classes, 1)
     return train(model, Batches(data.train, model, 6, 32, None, seed=0), learning_rate=0.1)
+
+
+def history(out, *kinds):
+    """The lines of a run's history, or those of some kinds, without what a clock said."""
+    lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    clocks = {"seconds", "training_seconds"}
+    return [{k: v for k, v in line.items() if k not in clocks} for line in lines if not kinds or line["kind"] in kinds]
+
+
+def equal(a, b):
+    """Whether nested dictionaries hold the same, tensors among it."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def outcome(out):
+    """History, policies and student: what depends neither on who evaluates nor on how often a search is cut off."""
+    tensors = {name: torch.load(out / name, weights_only=True) for name in ("policies.pt", "student.pt")}
+    return {"history": history(out), **tensors}

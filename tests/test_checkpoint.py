@@ -13,147 +13,123 @@ import torch
 from elsewhere import ELSEWHERE, Fetching, tensors_of
 from n2n_fast.files.errors import BadInput
 from n2n_fast.search.checkpoint import SECONDS_BETWEEN, Interrupted, RunDirectory
+from quarters import history
 
-SETTINGS = {"updates": 3, "data": {"mean": [0.5]}, "ratios": (0.5, 1.0)}
+SETTINGS = {"updates": 3, "data": {"mean": [0.5]}, "ratios": (0.5, 1.0), "command": {"device": "cpu"}}
 LINES = [{"kind": "rollout", "stage": "removal", "update": 0, "index": i} for i in range(4)]
 
 
-def begun(path, resume=False, settings=SETTINGS, **how):
-    return RunDirectory(path, settings, resume, **how)
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run"
 
 
-def write_run(path, lines=2):
-    """A run whose checkpoint follows `lines` lines of its history, with all of LINES in it."""
-    with begun(path) as run:
-        run.begin()
-        for line in LINES[:lines]:
-            run.log(line)
-        run.save({"step": torch.tensor(lines)})
-        for line in LINES[lines:]:
-            run.log(line)
+@pytest.fixture
+def run(path):
+    """A run whose checkpoint follows two lines of its history, with all of LINES in it."""
+    with RunDirectory(path, SETTINGS) as directory:
+        directory.begin()
+        for number, line in enumerate(LINES):
+            if number == 2:
+                directory.save({"step": torch.tensor(2)})
+            directory.log(line)
+    return path
 
 
-def history(path):
-    return [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
+def resumed(path, settings=SETTINGS, **how):
+    return RunDirectory(path, settings, True, **how)
 
 
-def test_tensors_are_written_from_the_cpu(tmp_path):
+def test_tensors_are_written_from_the_cpu(path):
     state = torch.nn.BatchNorm2d(2, device=ELSEWHERE).state_dict()
-    with Fetching(), begun(tmp_path / "run") as run:
+    with Fetching(), RunDirectory(path, SETTINGS) as run:
         run.begin()
-        run.save({"finished": [{"student": state}], "finals": [["key", 0.5, state]]})
+        run.save({"stages": [{"student": state}], "finals": [["key", 0.5, state]]})
         assert state["weight"].device == ELSEWHERE
-    held = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert {tensor.device.type for tensor in tensors_of(held)} == {"cpu"}
-    assert held["finished"][0]["student"]._metadata == state._metadata
-    assert held["finals"][0][:2] == ["key", 0.5]
+    saved = torch.load(path / "checkpoint.pt", weights_only=True)
+    assert {tensor.device.type for tensor in tensors_of(saved)} == {"cpu"}
+    assert saved["stages"][0]["student"]._metadata == state._metadata
+    assert saved["finals"][0][:2] == ["key", 0.5]
 
 
-def test_a_run_goes_on_with_the_history_that_its_checkpoint_knows(tmp_path):
-    path = tmp_path / "run"
-    write_run(path)
-    assert history(path) == LINES
+def test_a_run_goes_on_with_the_history_that_its_checkpoint_knows(run):
+    assert history(run) == LINES
     for _ in range(2):  # killed before it saved anything: the next one begins at the same place
-        with begun(path, resume=True) as run:
-            assert int(run.checkpoint["step"]) == 2
-            assert history(path) == LINES[:2]
-            run.log(LINES[3])
-    with begun(path, resume=True) as run:
-        run.log(LINES[2])
-        run.save({"step": torch.tensor(3)})
-        run.log(LINES[3])
-    assert history(path) == LINES
-    with begun(path, resume=True) as run:
-        assert int(run.checkpoint["step"]) == 3
-        assert history(path) == LINES[:3]
+        with resumed(run) as directory:
+            assert int(directory.checkpoint["step"]) == 2
+            assert history(run) == LINES[:2]
+            directory.log(LINES[3])
+    with resumed(run) as directory:
+        directory.log(LINES[2])
+        directory.save({"step": torch.tensor(3)})
+        directory.log(LINES[3])
+    with resumed(run) as directory:
+        assert int(directory.checkpoint["step"]) == 3
+        assert history(run) == LINES[:3]
 
 
-def test_without_a_checkpoint_a_run_begins_again(tmp_path):
-    path = tmp_path / "run"
-    with begun(path) as run:
-        run.begin()
-        run.log(LINES[0])
-    with begun(path, resume=True) as run:
-        assert run.checkpoint is None
-        assert history(path) == []
+def test_without_a_checkpoint_a_run_begins_again(run):
+    (run / "checkpoint.pt").unlink()
+    with resumed(run) as directory:
+        assert directory.checkpoint is None
+        assert history(run) == []
 
 
 @pytest.mark.parametrize("torn", range(1, 30, 7))
-def test_a_torn_line_is_dropped(tmp_path, torn):
-    write_run(tmp_path / "run")
-    path = tmp_path / "run" / "history.jsonl"
-    path.write_bytes(path.read_bytes()[:-torn])
-    with begun(tmp_path / "run", resume=True) as run:
-        run.log(LINES[3])
-    assert history(tmp_path / "run") == [*LINES[:2], LINES[3]]
+def test_a_torn_line_is_dropped(run, torn):
+    file = run / "history.jsonl"
+    file.write_bytes(file.read_bytes()[:-torn])
+    with resumed(run) as directory:
+        directory.log(LINES[3])
+    assert history(run) == [*LINES[:2], LINES[3]]
 
 
-def test_a_history_that_was_cut_is_refused(tmp_path):
-    write_run(tmp_path / "run")
-    (tmp_path / "run" / "history.jsonl").write_bytes(b"")
-    with pytest.raises(BadInput, match="shorter than when"), begun(tmp_path / "run", resume=True):
+def refused(expected, directory):
+    with pytest.raises(BadInput, match=expected), directory:
         pass
 
 
-def test_a_second_process_is_refused(tmp_path):
-    with begun(tmp_path / "run") as run:
-        run.begin()
-        with pytest.raises(BadInput, match="another process works on"), begun(tmp_path / "run", resume=True):
-            pass
-    with begun(tmp_path / "run", resume=True):
-        pass
+def test_directories_that_cannot_be_used_are_refused(run, tmp_path):
+    refused("no run to resume", resumed(tmp_path / "none"))
+    refused("holds a run already", RunDirectory(run, SETTINGS))
+    (tmp_path / "file").touch()
+    refused(r"cannot be written \(.*\); give another --out", RunDirectory(tmp_path / "file" / "run", SETTINGS))
+    with resumed(run):
+        refused("another process works on", resumed(run))
+    other = {**SETTINGS, "updates": 4, "seed": 1, "command": {}}
+    refused(r"configuration: seed \(None there, 1 here\), updates \(3 there, 4 here\); give", resumed(run, other))
+    (run / "history.jsonl").write_bytes(b"")
+    refused("shorter than when", resumed(run))
+    assert {file.name for file in tmp_path.iterdir()} == {"run", "file"}
 
 
-def test_a_run_is_not_begun_twice_and_nothing_is_resumed(tmp_path):
-    with pytest.raises(BadInput, match="no run to resume"), begun(tmp_path / "run", resume=True):
-        pass
-    write_run(tmp_path / "run")
-    with pytest.raises(BadInput, match="holds a run already"), begun(tmp_path / "run"):
-        pass
+def test_what_did_not_begin_leaves_no_trace(path):
+    with RunDirectory(path, SETTINGS):
+        assert path.exists()
+    assert not path.exists()
 
 
-def test_what_did_not_begin_leaves_no_trace(tmp_path):
-    with begun(tmp_path / "run"):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_other_settings_are_named(tmp_path):
-    write_run(tmp_path / "run")
-    other = {**SETTINGS, "updates": 4, "seed": 1}
-    with pytest.raises(BadInput, match=r"seed \(None there, 1 here\), updates \(3 there, 4 here\)"):
-        begun(tmp_path / "run", True, other).__enter__()
-
-
-@pytest.mark.parametrize("fault", ["write", "fsync", "replace"])
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, fault, monkeypatch):
-    write_run(tmp_path / "run", lines=4)
-    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+@pytest.mark.parametrize(("owner", "fault"), [(Path, "open"), (os, "fsync"), (Path, "replace")])
+def test_a_full_disk_leaves_the_last_checkpoint(run, owner, fault, monkeypatch):
+    before = (run / "checkpoint.pt").read_bytes()
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with begun(tmp_path / "run", resume=True) as run:
+    with resumed(run) as directory:
         with monkeypatch.context() as broken:
-            if fault == "write":
-                broken.setattr(Path, "open", full)
-            else:
-                broken.setattr(*((os, "fsync") if fault == "fsync" else (Path, "replace")), full)
+            broken.setattr(owner, fault, full)
             with pytest.raises(OSError, match="No space"):
-                run.save({"step": torch.tensor(9)})
-        assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
-    with begun(tmp_path / "run", resume=True) as run:
-        assert int(run.checkpoint["step"]) == 4
+                directory.save({"step": torch.tensor(9)})
+        assert (run / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_training_is_kept_now_and_then_and_when_asked_to_stop(tmp_path, monkeypatch):
-    clock, stop = [0.0], [False]
+def test_a_training_is_kept_now_and_then_and_when_asked_to_stop(path, monkeypatch):
+    clock, stop, made = [0.0], [False], []
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    with begun(tmp_path / "run", stopping=lambda: stop[0]) as run:
+    with RunDirectory(path, SETTINGS, stopping=lambda: stop[0]) as run:
         run.begin()
-        run.stop_if_asked()
         checkpointer = run.training("the best")
-        made = []
         for step in range(5):
             clock[0] += 0.4 * SECONDS_BETWEEN
             checkpointer.offer(lambda step=step: made.append(step) or {"step": step})
@@ -165,8 +141,7 @@ def test_a_training_is_kept_now_and_then_and_when_asked_to_stop(tmp_path, monkey
             checkpointer.offer(lambda: {"step": 5})
         assert checkpointer.load() == {"step": 5}
         with pytest.raises(Interrupted):
-            run.stop_if_asked()
-        run.save({})  # what came of the training is in the checkpoint
+            run.save({})  # what came of the training is in the checkpoint
         assert checkpointer.load() is None
 
 

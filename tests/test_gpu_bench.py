@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from n2n_fast import SearchConfig
-from n2n_fast.search.evaluation import Recipe
+from n2n_fast.search.environment import Recipe
 from quarters import quarters, taught
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"

@@ -15,7 +15,7 @@ import n2n_fast
 from command_line import invoke, output, refusal
 from hostile import npz, payload, saved
 from n2n_fast.cli import main
-from n2n_fast.search import evaluation
+from n2n_fast.search import environment
 from n2n_fast.search.checkpoint import Interrupted
 from n2n_fast.training.distill import seeded
 from n2n_fast.training.teachers import SmallResNet
@@ -191,8 +191,8 @@ def test_a_dry_run_writes_nothing(taught, place):
     assert (code, err) == (0, "")
     assert "10^7.5" in out  # 2 ** 25 ways to remove 25 layers
     planned = json.loads(invoke(*command, "--json")[1])
-    assert [stage["name"] for stage in planned["stages"]] == ["removal", "shrinkage"]
-    assert planned["seconds"] > sum(stage["rollouts"] * stage["rollout_seconds"] for stage in planned["stages"]) > 0
+    assert list(planned["choices"]) == ["removal", "shrinkage"]
+    assert planned["seconds"] > planned["rollouts"] * planned["rollout_seconds"] > 0
     assert list(place.iterdir()) == []
 
 
@@ -355,7 +355,7 @@ def test_running_out_of_memory_is_one_line_and_tells_how_to_go_on(taught, monkey
     def fails(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(evaluation.Evaluator, "evaluate", fails)
+    monkeypatch.setattr(environment.Evaluator, "evaluate", fails)
     err = refusal("run", "--teacher", taught[0], *QUICK, "--quiet", "--out", "here")
     assert "CUDA out of memory. Tried to allocate 2.00 GiB.); lower --batch-size" in err
     assert err.endswith("what is done is kept, go on with: n2n-fast run --resume here\n")

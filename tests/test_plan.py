@@ -1,89 +1,52 @@
 """What is told of a search before it begins."""
 
-import itertools
 import math
-import random
+from dataclasses import replace
 
 import pytest
 
-from n2n_fast import SearchConfig
-from n2n_fast.files.errors import DegenerateArchitecture
-from n2n_fast.search import plan
-from n2n_fast.search.transition import Transition
-from networks import space_of
-from small_sets import make
+from n2n_fast.files.errors import BadInput
+from n2n_fast.search.plan import plan
+from quarters import TINY, quarters, taught
 
 
-def test_the_number_of_removals_is_that_of_all_choices():
-    space = space_of("chain")
-    free = [i for i, layer in enumerate(space.layers) if layer.removable]
-    choices, size = plan._removals(space)
-    assert choices == len(free) <= 12
-    keys = set()
-    for kept in itertools.product([True, False], repeat=len(free)):
-        keep = [True] * len(space.layers)
-        for i, value in zip(free, kept, strict=True):
-            keep[i] = value
-        try:
-            keys.add(space.remove(space.teacher, keep).key)
-        except DegenerateArchitecture:
-            keys.add(str(kept))
-    assert size == pytest.approx(math.log10(len(keys)))
+@pytest.fixture(scope="module")
+def problem():
+    data = quarters()
+    return taught(data), data
 
 
-def test_the_number_of_shrinkages_is_that_of_all_choices():
-    space, ratios = space_of("chain"), (0.3, 0.34, 1.0)
-    channels, kernels = space.choices(space.teacher)
-    choices, size = plan._shrinkages(space, ratios)
-    assert choices == sum(channels) + sum(kernels) <= 8
-    keys = set()
-    for drawn in itertools.product(ratios, repeat=choices):
-        given = iter(drawn)
-        tried = [[next(given) if chooses else 1.0 for chooses in chosen] for chosen in (channels, kernels)]
-        keys.add(space.shrink(space.teacher, *tried).key)
-    assert size == pytest.approx(math.log10(len(keys)))
-    assert len(keys) < len(ratios) ** choices
+def test_the_size_of_the_search_and_its_time_by_one_rollout(problem):
+    found = plan(*problem, TINY)
+    removals, shrinkages = found["choices"]["removal"], found["choices"]["shrinkage"]
+    assert found["architectures_log10"] == {
+        "removal": pytest.approx(removals * math.log10(2)),
+        "shrinkage": pytest.approx(shrinkages * math.log10(len(TINY.ratios))),
+    }
+    assert found["rollouts"] == 2 * TINY.updates * TINY.rollouts
+    anchors, steps_per_epoch = 2 * 5, len(problem[1].train) // TINY.batch_size
+    assert found["training_steps"] == round((anchors * 0.5 + 0.5 + 2 * 1) * steps_per_epoch)
+    trainings = found["training_steps"] * found["step_seconds"]
+    assert found["seconds"] == pytest.approx(found["rollouts"] * found["rollout_seconds"] + trainings)
+    assert found["step_seconds"] > 0
+    assert found["gaps"] == {}
 
 
-@pytest.mark.parametrize("by", ["params", "macs"])
-def test_what_is_timed_is_at_the_limits_like_what_is_searched(by):
-    space = space_of("mobile")
-    limit = getattr(space.teacher, by) // 8
-    limited = SearchConfig(**{f"max_{by}": limit})
-    for removes, last in ((True, False), (False, True)):
-        drawn = plan._drawn(Transition.of(space, limited, removes, last, {by}), limited, random.Random(1))
-        assert drawn is not None
-        assert 0.7 * limit < getattr(drawn, by) <= limit
-    alone = [
-        plan._drawn(Transition.of(space, config, True, True, {by}), config, random.Random(1))
-        for config in (limited, SearchConfig())
-    ]
-    assert alone[0] is not None
-    assert alone[0] == alone[1]
-    assert getattr(alone[0], by) > limit
+def test_more_steps_take_longer_than_is_timed(problem):
+    few, many = (plan(*problem, replace(TINY, stages="shrinkage", epochs=epochs)) for epochs in (0.5, 50.0))
+    assert list(few["choices"]) == ["shrinkage"]
+    assert many["rollout_seconds"] > 10 * few["rollout_seconds"]
 
 
-def test_of_students_at_a_limit_those_are_timed_that_take_longest():
-    space = space_of("mobile")
-    limited = SearchConfig(max_params=space.teacher.params // 8)
-    even = space.shrink_within(space.teacher, [1.0] * len(space.layers), params=limited.max_params)
-    transition = Transition.of(space, limited, False, True, {"params"})
-    for seed in range(5):
-        drawn = plan._drawn(transition, limited, random.Random(seed))
-        assert drawn is not None
-        assert drawn.macs > 1.1 * even.macs
+@pytest.mark.parametrize("stages", ["removal", "both"])
+def test_a_limit_that_no_student_meets_is_told(stages, problem):
+    found = plan(*problem, replace(TINY, stages=stages, max_params=10, max_macs=10**9, max_drop=1.0, max_latency=1e-6))
+    assert found["limits"] == {"params": 10, "macs": 10**9, "latency": 1e-6}
+    assert set(found["gaps"]) == {"params", "latency"}
+    assert found["gaps"]["params"] > 1
 
 
-def test_without_a_limit_widths_are_drawn_by_chance():
-    space = space_of("mobile")
-    transition = Transition.of(space, SearchConfig(), False, True, {})
-    drawn = [plan._drawn(transition, SearchConfig(), random.Random(seed)) for seed in range(5)]
-    assert len({arch.key for arch in drawn if arch is not None}) == 5
-
-
-def test_the_teacher_is_timed_from_a_device_at_rest_to_a_device_at_rest(monkeypatch):
-    events, data = [], make(150)
-    monkeypatch.setattr(plan, "now", lambda device: events.append(device.type) or float(len(events)))
-    seconds = plan._logits_seconds(lambda images: events.append("teacher"), data)
-    assert events == ["teacher", "cpu", "teacher", "cpu"]
-    assert seconds == 2 / min(128, len(data.train))
+def test_a_student_that_is_not_finite_is_told(problem, monkeypatch):
+    monkeypatch.setattr("n2n_fast.search.environment.accuracy", lambda *_, **__: 1 / 0)
+    with pytest.raises(BadInput, match="half the teacher's widths cannot be evaluated"):
+        plan(*problem, TINY)

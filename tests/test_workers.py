@@ -2,37 +2,26 @@
 
 import contextlib
 import importlib.util
-import json
 import os
 import sys
 import warnings
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from n2n_fast import SearchConfig, Workers, compress, from_tensors
+from n2n_fast import SearchConfig, Workers, compress
 from n2n_fast.files.errors import BadInput, DeviceFault
-from n2n_fast.search.evaluation import Evaluation
-from n2n_fast.search.reinforce import SearchProgress
-from n2n_fast.search.workers import TRIES, Executor, RayExecutor, evaluated, gpu_share
-from n2n_fast.training.batches import Batches
-from n2n_fast.training.distill import seeded, train
-from n2n_fast.training.teachers import SmallResNet
+from n2n_fast.search.environment import TRIES, Evaluation, Executor, evaluated
+from n2n_fast.search.stage import SearchProgress
+from n2n_fast.search.workers import RayExecutor, gpu_share
+from quarters import TINY, equal, outcome, quarters, taught
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed")
-SMALL = SearchConfig(
-    updates=2,
-    rollouts=4,
-    rollout_steps=4,
-    anchors=3,
-    anchor_epochs=0.5,
-    stage_epochs=0.5,
-    final_epochs=0.5,
-    batch_size=32,
-    calibration_images=64,
-)
+FAULT = RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+GOOD = Evaluation(0.5, None, {})
 
 
 class Fails:
@@ -45,19 +34,16 @@ class Fails:
         self.left -= 1
         if self.left >= 0:
             raise self.error
-        return Evaluation(0.5, None, {})
+        return GOOD
 
 
-def test_a_student_that_fails_once_is_tried_again():
-    assert evaluated(Fails(TRIES - 1), None, 0) == Evaluation(0.5, None, {})
-
-
-def test_a_student_that_fails_twice_is_logged_with_its_error():
+def test_a_student_that_fails_is_tried_again_and_then_told():
+    assert evaluated(Fails(TRIES - 1), None, 0) == GOOD
     assert evaluated(Fails(TRIES), None, 0) == Evaluation(None, None, {}, "RuntimeError: out of luck")
 
 
 def test_a_failing_device_is_no_students_fault():
-    evaluator = Fails(1, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    evaluator = Fails(1, FAULT)
     with pytest.raises(DeviceFault, match="illegal memory access"):
         evaluated(evaluator, None, 0)
     assert evaluator.left == 0
@@ -66,8 +52,8 @@ def test_a_failing_device_is_no_students_fault():
 def test_here_students_are_evaluated_one_by_one_and_on_demand():
     executor, evaluator = Executor(), Fails(0)
     executor.begin(evaluator, None)
-    found = executor.evaluate([(None, 0)] * 3)
-    next(found)
+    evaluations = executor.evaluate([(None, 0)] * 3)
+    next(evaluations)
     assert evaluator.left == -1
 
 
@@ -80,8 +66,8 @@ def test_useless_workers_are_refused(given):
         Workers(**given)
 
 
-@pytest.mark.skipif(HAS_RAY, reason="Ray is installed")
-def test_without_ray_it_is_said_what_to_install():
+def test_without_ray_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(BadInput, match=r"pip install 'n2n_fast\[ray\]'"):
         RayExecutor(Workers(2))
 
@@ -94,63 +80,40 @@ def test_with_an_even_share_every_worker_finds_a_gpu(gpus, workers):
     assert gpus * (10_000 // round(share * 10_000)) >= workers
 
 
-class Recorder:
-    """Stands for Ray with two GPUs; notes what it is asked for."""
+@pytest.fixture
+def begun(monkeypatch):
+    """Begin a stage with four workers of a Ray that is not there, on so many GPUs; gives that Ray."""
 
-    def __init__(self, gpus=2):
-        self.gpus, self.asked, self.sent = gpus, [], []
-        self.cloudpickle = self
+    def begin(device, there, gpus, **settings):
+        ray = MagicMock()
+        ray.cluster_resources.return_value = {"CPU": 4.0, "GPU": float(there)}
+        ray.cloudpickle.dumps = lambda worker: worker
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        evaluator = MagicMock(device=torch.device(device), config=SearchConfig(**settings))
+        RayExecutor(Workers(4, gpus=gpus)).begin(evaluator, None)
+        return ray
 
-    is_initialized = lambda self: True  # noqa: E731
-    cluster_resources = lambda self: {"CPU": 4.0, "GPU": float(self.gpus)}  # noqa: E731
-    dumps = lambda self, worker: worker  # noqa: E731
-
-    def put(self, worker):
-        self.sent.append(worker)
-
-    def remote(self, **resources):
-        self.asked.append(resources["num_gpus"])
-        return lambda shell: MagicMock()
+    return begin
 
 
 @pytest.mark.parametrize(
     ("device", "gpus", "share", "sent"),
     [("cuda:1", None, 0.5, "cuda"), ("cuda", 0.25, 0.25, "cuda"), ("cuda", 0.0, 0.0, "cpu"), ("cpu", None, 0.0, "cpu")],
 )
-def test_workers_get_a_share_of_the_gpus_where_the_run_is_on_one(device, gpus, share, sent, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", ray := Recorder())
-    executor = RayExecutor(Workers(4, gpus=gpus))
-    executor.begin(MagicMock(device=torch.device(device), config=SearchConfig()), None)
-    assert ray.asked == [share] * 4
-    assert ray.sent[0].args[1] == sent
+def test_workers_get_a_share_of_the_gpus_where_the_run_is_on_one(device, gpus, share, sent, begun):
+    ray = begun(device, 2, gpus)
+    ray.remote.assert_called_once_with(num_cpus=1, num_gpus=share)
+    assert ray.remote()().remote.call_count == 4
+    assert ray.put.call_args.args[0].args[1] == sent
 
 
 @pytest.mark.parametrize(
     ("there", "gpus", "settings", "expected"),
     [(0, None, {}, "--gpus-per-worker 0"), (2, 0.0, {"objective": "latency"}, "latency counts")],
 )
-def test_workers_that_cannot_do_as_the_run_does_are_refused(there, gpus, settings, expected, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", Recorder(there))
+def test_workers_that_cannot_do_as_the_run_does_are_refused(there, gpus, settings, expected, begun):
     with pytest.raises(BadInput, match=expected):
-        RayExecutor(Workers(4, gpus=gpus)).begin(
-            MagicMock(device=torch.device("cuda"), config=SearchConfig(**settings)), None
-        )
-
-
-@pytest.fixture(scope="module")
-def data():
-    """Two classes, told apart by brightness."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(200) % 2
-    images = torch.randn(200, 1, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1)
-    return from_tensors("bright", (images, labels), seed=0)
-
-
-@pytest.fixture(scope="module")
-def teacher(data):
-    with seeded(0, torch.device("cpu")):
-        model = SmallResNet(1, data.classes, 1)
-    return train(model, Batches(data.train, model, 4, 32, None, seed=0), learning_rate=0.1)
+        begun("cuda", there, gpus, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -176,12 +139,6 @@ def cluster(tmp_path_factory):
     yield started
     ray.shutdown()
     started.shutdown()
-
-
-def history(result):
-    clocks = {"seconds", "training_seconds"}
-    lines = (json.loads(line) for line in (result.out / "history.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in clocks} for line in lines]
 
 
 class TakesANodeAway(SearchProgress):
@@ -210,23 +167,40 @@ class Scripted:
         return self
 
     def evaluate(self, arch, seed):
+        if seed == "dies":
+            os._exit(1)
         if seed in self.by_seed:
             raise self.by_seed[seed]
-        return Evaluation(0.5, None, {})
+        return GOOD
+
+
+@contextlib.contextmanager
+def evaluations(script, *seeds):
+    """What one worker gives that acts by a script."""
+    with contextlib.closing(RayExecutor(Workers(1))) as executor:
+        executor.begin(script, script)
+        yield executor.evaluate([(None, seed) for seed in seeds])
 
 
 @pytest.mark.slow
 @needs_ray
 @pytest.mark.timeout(120)
 def test_a_workers_failing_device_ends_the_run_once_what_came_before_is_given(cluster):
-    fault = RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
-    executor, script = RayExecutor(Workers(1)), Scripted(bad=fault, luckless=RuntimeError("out of luck"))
-    with contextlib.closing(executor):
-        executor.begin(script, script)
-        found = executor.evaluate([(None, seed) for seed in ("good", "luckless", "bad", "late")])
-        assert next(found).short_accuracy == 0.5
+    script = Scripted(bad=FAULT, luckless=RuntimeError("out of luck"))
+    with evaluations(script, "good", "luckless", "bad", "late") as found:
+        assert next(found) == GOOD
         assert next(found).error == "RuntimeError: out of luck"
         with pytest.raises(DeviceFault, match=r"^the device failed \(CUDA error: an illegal memory access"):
+            next(found)
+
+
+@pytest.mark.slow
+@needs_ray
+@pytest.mark.timeout(300)
+def test_a_student_that_kills_every_worker_ends_the_run(cluster):
+    with evaluations(Scripted(), "good", "dies") as found:
+        assert next(found) == GOOD
+        with pytest.raises(BadInput, match=r"^workers: 9 were lost one after the other"):
             next(found)
 
 
@@ -235,38 +209,27 @@ def test_a_workers_failing_device_ends_the_run_once_what_came_before_is_given(cl
 @pytest.mark.parametrize(
     ("error", "kind", "expected"),
     [
-        (
-            torch.OutOfMemoryError("CUDA out of memory"),
-            DeviceFault,
-            "^out of memory .*batch-size",
-        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), DeviceFault, "^out of memory .*batch-size"),
         (BadInput("the teacher is of no use"), BadInput, "^the teacher is of no use$"),
     ],
     ids=["memory", "input"],
 )
 def test_a_worker_that_cannot_be_made_tells_why_at_once(error, kind, expected, cluster):
-    executor, script = RayExecutor(Workers(1)), Scripted(error)
-    with contextlib.closing(executor):
-        executor.begin(script, script)
-        with pytest.raises(kind, match=expected):
-            next(executor.evaluate([(None, "good")]))
+    with evaluations(Scripted(error), "good") as found, pytest.raises(kind, match=expected):
+        next(found)
 
 
 @pytest.mark.slow
 @needs_ray
 @pytest.mark.timeout(600)
-def test_neither_the_number_of_workers_nor_a_lost_node_changes_the_result(cluster, teacher, data, tmp_path):
+def test_neither_the_number_of_workers_nor_a_lost_node_changes_the_result(cluster, tmp_path):
+    data, config = quarters(), replace(TINY, rollouts=4)
+    teacher = taught(data)
     one, two, lost = (
-        compress(teacher, data, SMALL, tmp_path / name, progress, workers=Workers(count))
-        for name, count, progress in (
-            ("one", 1, None),
-            ("two", 2, None),
-            ("lost", 2, TakesANodeAway(cluster)),
-        )
+        outcome(compress(teacher, data, config, tmp_path / name, progress, workers=Workers(count)).out)
+        for name, count, progress in (("one", 1, None), ("two", 2, None), ("lost", 2, TakesANodeAway(cluster)))
     )
-    assert sum(line["kind"] == "rollout" for line in history(one)) == 16
-    assert history(one) == history(two) == history(lost)
-    for name, value in one.student.state_dict().items():
-        assert torch.equal(value, two.student.state_dict()[name])
-        assert torch.equal(value, lost.student.state_dict()[name])
+    assert sum(line["kind"] == "rollout" for line in one["history"]) == 16
+    assert equal(one, two)
+    assert equal(one, lost)
     assert cluster.second not in cluster.list_all_nodes()

@@ -52,11 +52,9 @@ from torch import nn
 import n2n_fast
 from n2n_fast import SearchConfig
 from n2n_fast.files.errors import DegenerateArchitecture
-from n2n_fast.networks.architecture import Architecture
 from n2n_fast.search.config import PAPER
-from n2n_fast.search.evaluation import Evaluator
+from n2n_fast.search.environment import Evaluator, Transition
 from n2n_fast.search.teacher import restored
-from n2n_fast.search.transition import Transition
 from n2n_fast.training import teacher_files, teachers
 from n2n_fast.training.batches import Batches, TeacherLogits
 from n2n_fast.training.data import accuracy
@@ -254,9 +252,10 @@ def halving(directory, name, seed):
     file = WORK / f"{name}-search-{seed}" / "checkpoint.pt"
     if not file.exists():
         raise SystemExit(f"{name}-search-{seed} comes first, its directory in {WORK} is needed")
-    removed = torch.load(file)["finished"][0]
+    ((_, _, state),) = torch.load(file)["stages"][0]["finals"]
+    keep = json.loads(file.with_name("architecture.json").read_text())[0]["keep"]
     found, fitted, whole = images(directory, name), calibration(directory, name), calibrated(directory, name)
-    student = restored(whole, Architecture.from_json(removed["architecture"]), removed["student"])
+    student = restored(whole, whole.remove(whole.teacher, keep), state)
     space = n2n_fast.ArchitectureSpace(student, fitted[:2], fitted)
     plain = SearchConfig(**{**BUDGETS[name], "seed": seed})
     most = whole.teacher.params // SMALLER["search"][name]

@@ -5,7 +5,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +177,7 @@ def run(context: click.Context, /, **options: Any) -> int:
     model, images = _teacher_and_data(options, config.seed)
     if options["dry_run"]:
         found = plan(model, images, config)
-        _tell(options["json"], asdict(found), tables.plan_table(found))
+        _tell(options["json"], found, tables.plan_table(found))
         return 0
     command = {name: _plain(value) for name, value in options.items() if name not in (*OF_ONE_CALL, *SETTINGS)}
     with Bar(options["quiet"], curves) as bar:
@@ -236,7 +235,6 @@ def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, Im
     else:
         model = teacher_files.load_teacher(file, options["arch"], allow_pickle=options["allow_pickle"])
         images = _load(options, seed, teachers.input_channels(model))
-    teachers.check_teacher(model.to(options["device"]), images)
     return model, images
 
 

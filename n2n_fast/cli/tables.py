@@ -6,7 +6,6 @@ from typing import Any
 from n2n_fast.cli.export import Exported
 from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.search.plan import Plan
 
 Rows = list[tuple[str, ...]]
 
@@ -47,16 +46,23 @@ def export_table(exported: Exported) -> str:
     return f"{_aligned(rows)}\n\n{exported.path}: {', '.join(told)}"
 
 
-def plan_table(plan: Plan) -> str:
+def plan_table(plan: dict[str, Any]) -> str:
     """A search to come, as aligned text."""
-    rows: Rows = [("stage", "choices", "architectures", "rollouts", "one takes", "full trainings", "all of it")]
-    for stage in plan.stages:
-        size = f"10^{stage.architectures_log10:.1f}"
-        times = (f"{stage.rollout_seconds:.2f} s", str(stage.trainings), _duration(stage.seconds))
-        rows.append((stage.name, str(stage.choices), size, str(stage.rollouts), *times))
-    told = f"teacher: {plan.params:,} params, {plan.macs:,} MACs"
-    warnings = "".join(f"\nwarning: {warning}" for warning in plan.warnings)
-    return f"{told}\n\n{_aligned(rows)}\n\nat most about {_duration(plan.seconds)} here; nothing was written{warnings}"
+    rows: Rows = [("stage", "choices", "architectures, at most")]
+    for name, count in plan["choices"].items():
+        rows.append((name, str(count), f"10^{plan['architectures_log10'][name]:.1f}"))
+    told = [
+        f"teacher: {plan['params']:,} params, {plan['macs']:,} MACs, validation accuracy {percent(plan['accuracy'])}",
+        f"\n{_aligned(rows)}\n",
+        f"{plan['rollouts']} rollouts of {plan['rollout_seconds']:.2f} s",
+        f"full trainings of {plan['training_steps']:,} steps of {1e3 * plan['step_seconds']:.1f} ms",
+        f"about {_duration(plan['seconds'])} here; nothing was written",
+    ]
+    for name, limit in plan["limits"].items():
+        gap = plan["gaps"].get(name)
+        met = "can be met" if gap is None else f"cannot be met, the smallest student misses it by {gap:.1%}"
+        told.append(f"limit of {limit:,} on {name}: {met}")
+    return "\n".join([*told, *(f"warning: {warning}" for warning in plan["warnings"])])
 
 
 def _duration(seconds: float) -> str:

@@ -9,9 +9,9 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -20,6 +20,7 @@ from n2n_fast.files.safe_load import parse_json, read_tensors, understood
 from n2n_fast.files.states import on_cpu
 
 CHECKPOINT, HISTORY, TRAINING, SETTINGS = "checkpoint.pt", "history.jsonl", "training.pt", "config.json"
+LOCK = ".lock"
 SECONDS_BETWEEN = 30.0  # two checkpoints of a training
 SHOWN_KEYS = 5
 
@@ -36,24 +37,26 @@ class RunDirectory:
         path: Path,
         settings: Mapping[str, Any],
         resume: bool = False,
-        command: Mapping[str, Any] | None = None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """settings: for config.json; a resumed run must have the same. command: noted beside them.
+        """settings: for config.json; a resumed run must have the same, but for its "command".
 
         stopping: whether the search was asked to stop. Entering the context raises BadInput where the directory cannot
         be used.
         """
-        self.path = path
+        self.path, self._resume, self._stopping = path, resume, stopping
         self._settings = json.loads(json.dumps(settings))
-        self._resume, self._command, self._stopping = resume, command, stopping
         self._stack = contextlib.ExitStack()
         self.checkpoint: dict[str, Any] | None = None
 
     def __enter__(self) -> "RunDirectory":
+        begun = (self.path / SETTINGS).is_file()
+        if self._resume and not begun:
+            raise BadInput(f"{self.path}: no run to resume in it; give the directory of a run")
+        if begun and not self._resume:
+            raise BadInput(f"{self.path}: holds a run already; give another --out, or go on with --resume {self.path}")
         with contextlib.ExitStack() as stack:
-            self._make()
-            _lock(self.path, stack)
+            stack.enter_context(_locked(self.path))
             if self._resume:
                 _check_settings(self.path, self._settings)
             self.checkpoint = self.read_tensors(CHECKPOINT)
@@ -65,24 +68,11 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         if not (self.path / SETTINGS).exists():  # nothing began: leave no trace
-            for name in (HISTORY, ".lock"):
+            for name in (HISTORY, LOCK):
                 (self.path / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self.path.rmdir()
         self._stack.close()
-
-    def _make(self) -> None:
-        if self._resume and not (self.path / SETTINGS).is_file():
-            raise BadInput(f"{self.path}: no run to resume in it; give the directory of a run")
-        if not self._resume and (self.path / SETTINGS).exists():
-            raise BadInput(f"{self.path}: holds a run already; give another --out, or go on with --resume {self.path}")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise BadInput(f"{self.path}: cannot be written ({error.strerror}); give another --out") from None
 
     def _cut_history(self) -> None:
         """Forget the lines behind the checkpoint: the search will come to them again."""
@@ -97,15 +87,7 @@ class RunDirectory:
     def begin(self) -> None:
         """Write config.json, which makes the directory that of a run: its settings and teacher have been checked."""
         if not self._resume:
-            command = {} if self._command is None else {"command": dict(self._command)}
-            self.write_json(SETTINGS, {**self._settings, **command})
-
-    def stop_if_asked(self) -> None:
-        """Raise Interrupted where the search was asked to stop; call it when what is done is kept."""
-        if self._stopping():
-            raise Interrupted(self.path)
-
-    # History and checkpoint
+            self.write_json(SETTINGS, self._settings)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Add a line to history.jsonl."""
@@ -115,11 +97,13 @@ class RunDirectory:
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace checkpoint.pt by `state`, of tensors, numbers, strings, lists and dictionaries.
 
-        A training that was at hand has ended with it.
+        The current training, if any, has ended with it. Raises Interrupted where the search was asked to stop.
         """
         os.fsync(self._history.fileno())
         self.write_tensors(CHECKPOINT, {**state, "history": self._history.tell()})
         (self.path / TRAINING).unlink(missing_ok=True)
+        if self._stopping():
+            raise Interrupted(self.path)
 
     def training(self, name: str) -> "TrainingCheckpointer":
         """The checkpointer of the training of this name."""
@@ -135,8 +119,11 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(self.path / name)
-        with _opened_directory(self.path) as descriptor:
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
             os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def write_json(self, name: str, content: Any) -> None:
         """Replace a file by JSON."""
@@ -155,7 +142,7 @@ class RunDirectory:
 
 
 class TrainingCheckpointer:
-    """Keeps the training at hand in training.pt, every half minute and when the search is asked to stop."""
+    """Keeps the current training in training.pt, every half minute and when the search is asked to stop."""
 
     def __init__(self, directory: RunDirectory, name: str, stopping: Callable[[], bool]) -> None:
         """name: of the training, whose state no other one takes. stopping: whether the search was asked to stop."""
@@ -200,34 +187,30 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _lock(path: Path, stack: contextlib.ExitStack) -> None:
-    """Lock the directory until the stack is closed."""
+def _locked(path: Path) -> IO[str]:
+    """The lock of a directory, which is made where there is none; closing it unlocks."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = (path / LOCK).open("w")
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error.strerror}); give another --out") from None
     try:
         import fcntl
-    except ImportError:  # no such locks on Windows
-        return
-    file = stack.enter_context((path / ".lock").open("w"))
-    try:
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # no such locks on Windows
+        pass
     except OSError:
+        file.close()
         raise BadInput(f"{path}: another process works on this run; wait for it or give another --out") from None
+    return file
 
 
 def _check_settings(path: Path, here: Mapping[str, Any]) -> None:
     """Raise BadInput where the run was begun with other settings than these."""
     there = read_settings(path)
-    there.pop("command", None)
-    keys = sorted(key for key in {**there, **here} if there.get(key) != here.get(key))
-    if keys:
-        shown = ", ".join(f"{k} ({there.get(k)!r} there, {here.get(k)!r} here)" for k in keys[:SHOWN_KEYS])
-        more = ", ..." if len(keys) > SHOWN_KEYS else ""
-        raise BadInput(f"{path / SETTINGS}: made by another configuration: {shown}{more}; give the same settings")
-
-
-@contextlib.contextmanager
-def _opened_directory(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    names = sorted({*there, *here} - {"command"})
+    other = [f"{n} ({there.get(n)!r} there, {here.get(n)!r} here)" for n in names if there.get(n) != here.get(n)]
+    if other:
+        shown = ", ".join(other[:SHOWN_KEYS]) + (", ..." if len(other) > SHOWN_KEYS else "")
+        raise BadInput(f"{path / SETTINGS}: made by another configuration: {shown}; give the same settings")

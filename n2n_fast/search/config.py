@@ -79,7 +79,6 @@ class SearchConfig:
     removal_learning_rate: float = setting(0.003, "Adam's learning rate in stage 1; 0: random search.", AMOUNT)
     shrinkage_learning_rate: float = setting(0.003, "Adam's learning rate in stage 2; 0: random search.", AMOUNT)
     normalise: bool = setting(True, "Divide an update's advantages by their root mean square.")
-    entropy: float = setting(0.0, "Weight of the policy's entropy, which keeps it from settling early.", AMOUNT)
     baseline_decay: float = setting(0.8, "Decay of the moving average of rewards.", DECAY)
     objective: str = setting("params", "What the compression in the reward counts.", one_of(*OBJECTIVES))
     max_params: int | None = setting(None, "The student has no more parameters.", COUNT)

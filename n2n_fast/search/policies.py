@@ -81,14 +81,6 @@ class RemovalPolicy(nn.Module):
         masked: Tensor = loss * mask
         return -masked.sum(1)
 
-    def entropy(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
-        """Entropy of the free choices together, in nats; it is the same for all `actions`."""
-        logits = self(x)
-        probability = logits.sigmoid()
-        entropy = nn.functional.softplus(logits) - probability * logits
-        total: Tensor = (entropy * mask).sum()
-        return total
-
 
 class ShrinkagePolicy(nn.Module):
     """π_shrink(a_t | a_{t-1}, h_{t-1}, x_t): an autoregressive LSTM that draws two ratios for each layer.
@@ -115,12 +107,16 @@ class ShrinkagePolicy(nn.Module):
         with torch.no_grad():  # most ratios make a 3x3 kernel 1x1, which few layers bear
             self.head.bias[-1] = torch.logit(torch.tensor(keep_probability)) + math.log(max(1, count - 1))
 
-    def forward(self, x: Tensor, previous: Tensor) -> Tensor:
-        """Log-probabilities (count, layers, 2, ratios); x: (layers, features), previous actions: (count, layers, 2)."""
+    def forward(self, x: Tensor, actions: Tensor) -> Tensor:
+        """Log-probability of every ratio at each step, after the `actions` before it; (count, layers, 2, ratios).
+
+        x: (layers, features), actions: (count, layers, 2).
+        """
+        previous = torch.cat([torch.full_like(actions[:, :1], self.ratios - 1), actions[:, :-1]], 1)
         seen = nn.functional.one_hot(previous, self.ratios).flatten(2).to(x.dtype)
-        output = self.lstm(torch.cat([x.expand(len(previous), -1, -1), seen], 2))[0]
+        output = self.lstm(torch.cat([x.expand(len(actions), -1, -1), seen], 2))[0]
         logits: Tensor = self.head(output)
-        return logits.view(*previous.shape, self.ratios).log_softmax(3)
+        return logits.view(*actions.shape, self.ratios).log_softmax(3)
 
     @torch.no_grad()
     def sample(self, x: Tensor, mask: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -177,25 +173,13 @@ class ShrinkagePolicy(nn.Module):
         flat = wanted.flatten(0, 1)
         drawn = torch.multinomial(flat, CLONING_SAMPLES, replacement=True, generator=generator)
         actions = drawn.T.reshape(CLONING_SAMPLES, len(x), 2).where(mask, self.ratios - 1)
-        difference = torch.xlogy(wanted, wanted) - wanted * self._log_probs(x, actions)
+        difference: Tensor = torch.xlogy(wanted, wanted) - wanted * self(x, actions)
         return (difference.sum(3).mean(0) * mask).sum()
 
     def log_prob(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
         """Log-probability of each of the action sequences (count, layers, 2), (count,)."""
-        log_probs = self._log_probs(x, actions)
+        log_probs: Tensor = self(x, actions)
         return (log_probs.gather(3, actions[..., None])[..., 0] * mask).sum((1, 2))
-
-    def entropy(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
-        """Entropy of the free choices together, in nats, each after the `actions` before it."""
-        log_probs = self._log_probs(x, actions)
-        entropy = -(log_probs.exp() * log_probs).sum(3).mean(0)
-        return (entropy * mask).sum()
-
-    def _log_probs(self, x: Tensor, actions: Tensor) -> Tensor:
-        """Log-probability of every ratio at each step, after the `actions` before it; (count, layers, 2, ratios)."""
-        previous = torch.cat([torch.full_like(actions[:, :1], self.ratios - 1), actions[:, :-1]], 1)
-        log_probs: Tensor = self(x, previous)
-        return log_probs
 
 
 def new_policy(

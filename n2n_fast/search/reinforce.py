@@ -1,30 +1,26 @@
 """N2N learning: two stages of REINFORCE over a teacher's architecture space, then the final training (section 3)."""
 
 import contextlib
-import copy
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from n2n_fast.files.errors import BadInput, DegenerateArchitecture, telling_device_faults
-from n2n_fast.files.safe_load import understood
+from n2n_fast.files.errors import BadInput, telling_device_faults
 from n2n_fast.networks.architecture import Architecture
 from n2n_fast.search.anchors import train_anchors, warm_start
-from n2n_fast.search.checkpoint import CHECKPOINT, RunDirectory, read_state
+from n2n_fast.search.checkpoint import RunDirectory, read_state
 from n2n_fast.search.config import STAGES, SearchConfig
-from n2n_fast.search.evaluation import Training
-from n2n_fast.search.progress import Rollout, SearchProgress
-from n2n_fast.search.result import Chosen, Result, finish, train_best
+from n2n_fast.search.environment import Executor, Training
+from n2n_fast.search.result import Result, finish, train_best
 from n2n_fast.search.reward import RewardFunction
-from n2n_fast.search.shared import Search, finished_stages, limits_of, settings_of
-from n2n_fast.search.stage import Stage
-from n2n_fast.search.teacher import Teacher, space_of
-from n2n_fast.search.workers import Workers, make_executor
+from n2n_fast.search.stage import Rollout, Search, SearchProgress, Stage
+from n2n_fast.search.teacher import Reference, digest, space_of
+from n2n_fast.search.workers import RayExecutor, Workers
 from n2n_fast.training.data import ImageData
 
 __all__ = ["Rollout", "SearchProgress", "compress", "read_policies"]
@@ -58,35 +54,31 @@ def compress(
     C (2 - C) · A / A_teacher. Limits apply to either.
     """
     config, progress = config or SearchConfig(), progress or SearchProgress()
-    with telling_device_faults(), contextlib.closing(make_executor(workers)) as executor:
+    with telling_device_faults(), contextlib.closing(RayExecutor(workers) if workers else Executor()) as executor:
         trained = {} if policies is None else read_policies(Path(policies))
-        given = copy.deepcopy(teacher).eval().to(data.train.images.device, torch.float32)
-        settings = settings_of(given, data, config)
-        with RunDirectory(Path(out), settings, resume, command, progress.stopping) as directory:
-            shown = Teacher.of(given, data, config)
-            limits = limits_of(config, shown, progress)
+        settings = _settings(teacher, data, config, command)
+        with RunDirectory(Path(out), settings, resume, progress.stopping) as directory:
+            reference = Reference.of(teacher, data, config)
+            for line in (*(f"warning: {warning}" for warning in reference.space.warnings), reference.summary):
+                progress.message(line)
             directory.begin()
-            finished = finished_stages(directory, config)
-            shared = config, data, shown, limits, finished, directory, progress, executor
+            shared = config, data, reference, reference.limits(config), directory, progress, executor
             return _search_in_stages(Search(*shared, trained, training, reward))
 
 
 def _search_in_stages(search: Search) -> Result:
     """Removal, then shrinkage of what it leaves; each ends with the full training of its best students."""
-    student, space, chosen = search.teacher.module, search.teacher.space, list[Chosen]()
-    for number, name in enumerate(STAGES[search.config.stages]):
-        if chosen:  # stage 2 starts from the trained student of stage 1
+    student, space = search.teacher.module, search.teacher.space
+    for name in STAGES[search.config.stages]:
+        if search.stages:  # stage 2 starts from the trained student of stage 1
             space = space_of(student, search.teacher.calibration, search.config)
-        if number == len(search.finished):
-            stage = Stage.begun(name, space, search)
+        stage = Stage(name, space, search)
+        if not stage.done:
+            stage.begin()
             _reinforce(stage)
-            search.finished.append(train_best(stage))
-            search.save(None)
-        with understood(search.directory.path / CHECKPOINT):
-            arch, student = search.finished[number].restored(space)
-        chosen.append(Chosen(name, space, arch))
-    search.directory.write_tensors("policies.pt", {done.name: done.policy for done in search.finished})
-    return finish(search, student, chosen)
+            train_best(stage)
+        student = stage.student()
+    return finish(search, student)
 
 
 def _reinforce(stage: Stage) -> None:
@@ -102,11 +94,13 @@ def _reinforce(stage: Stage) -> None:
         rewards = []
         for rollout in _rollouts(stage, actions):
             rewards.append(rollout.reward)
-            best = _better(rollout, best)
-            progress.rollout(rollout, best, _compression(stage, best))
+            shown = (one for one in (best, rollout) if one is not None and one.predicted_accuracy is not None)
+            best = max(shown, key=lambda one: (one.feasible, one.reward), default=None)
+            compression = stage.search.teacher.cost.params / best.params if best and best.params else None
+            progress.rollout(rollout, best, compression)
         _update_policy(stage, actions, torch.tensor(rewards))
         stage.update += 1
-        stage.save()
+        stage.search.save()
     if all(evaluation.error is not None for _, evaluation in stage.evaluated.values()):
         raise BadInput(
             f"{stage.name}: none of {config.updates * config.rollouts} students could be evaluated; "
@@ -124,10 +118,7 @@ def _update_policy(stage: Stage, actions: Tensor, rewards: Tensor) -> None:
     advantages = rewards - baseline
     if config.normalise and len(rewards) > 1:
         advantages = advantages / advantages.square().mean().sqrt().clamp_min(1e-3)
-    log_probability = policy.log_prob(stage.x, stage.mask, actions)
-    loss = -(advantages * log_probability).mean()
-    if config.entropy:
-        loss = loss - config.entropy * policy.entropy(stage.x, stage.mask, actions)
+    loss = -(advantages * policy.log_prob(stage.x, stage.mask, actions)).mean()
     stage.optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     stage.optimizer.step()
@@ -138,57 +129,27 @@ def _rollouts(stage: Stage, actions: Tensor) -> Iterator[Rollout]:
     """An update's rollouts: each row of actions gives an architecture, its student's accuracy, and a reward."""
     rows = actions.tolist()
     archs = [stage.architecture(row) for row in rows]
-    new = stage.new(archs)
-    evaluations = stage.evaluate(new)
+    are_new = stage.evaluate({i: arch for i, arch in enumerate(archs) if isinstance(arch, Architecture)})
     for index, (row, arch) in enumerate(zip(rows, archs, strict=True)):
-        if isinstance(arch, DegenerateArchitecture):
-            rollout = Rollout(stage.name, stage.update, index, row, error=arch.reason)
+        if isinstance(arch, Architecture):
+            outcome = _judged(stage, arch, cached=not next(are_new))
         else:
-            if index in new:
-                next(evaluations)
-            rollout = _rewarded(stage, index, row, arch, cached=index not in new)
+            outcome = {"error": arch.reason}
+        rollout = Rollout(stage.name, stage.update, index, row, **outcome)
         stage.search.directory.log({"kind": "rollout", **asdict(rollout)})
         yield rollout
 
 
-def _rewarded(stage: Stage, index: int, actions: list[Any], arch: Architecture, cached: bool) -> Rollout:
-    """The rollout of an evaluated student, with its reward by the predictor of this moment."""
-    evaluation, judged = stage.evaluated[arch.key][1], stage.judge(arch.key)
-    rollout = Rollout(
-        stage.name,
-        stage.update,
-        index,
-        actions,
-        architecture=arch.key,
-        params=arch.params,
-        macs=arch.macs,
-        latency=evaluation.latency,
-        short_accuracy=evaluation.short_accuracy,
-        cached=cached,
-        seconds={} if cached else evaluation.seconds,
-        error=evaluation.error,
-    )
-    if judged is None:
-        return rollout
-    return replace(
-        rollout,
-        predicted_accuracy=judged.accuracy,
-        accuracy_error=judged.error,
-        reward=stage.reward.penalised(judged.reward, judged.violation, stage.update),
-        feasible=judged.violation == 0,
-    )
-
-
-def _better(rollout: Rollout, best: Rollout | None) -> Rollout | None:
-    """The one to show as the best so far."""
-    if rollout.predicted_accuracy is None:
-        return best
-    is_better = best is None or (rollout.feasible, rollout.reward) > (best.feasible, best.reward)
-    return rollout if is_better else best
-
-
-def _compression(stage: Stage, best: Rollout | None) -> float | None:
-    return None if best is None or best.params is None else stage.search.teacher.cost.params / max(1, best.params)
+def _judged(stage: Stage, arch: Architecture, cached: bool) -> dict[str, Any]:
+    """What becomes of an evaluated student: its accuracies, and its reward by the predictor of this moment."""
+    outcome, judged = {**stage.shown(arch.key), "cached": cached}, stage.judge(arch.key)
+    if cached:
+        outcome["seconds"] = {}
+    if judged is not None:
+        outcome |= {"predicted_accuracy": judged.accuracy, "accuracy_error": judged.error}
+        outcome["reward"] = stage.reward.penalised(judged.reward, judged.violation, stage.update)
+        outcome["feasible"] = judged.violation == 0
+    return outcome
 
 
 def read_policies(path: Path) -> dict[str, Any]:
@@ -197,3 +158,19 @@ def read_policies(path: Path) -> dict[str, Any]:
     if not policies.keys() & set(STAGES["both"]):
         raise BadInput(f"{path}: holds no policy; give the policies.pt of a run")
     return policies
+
+
+def _settings(
+    teacher: nn.Module, data: ImageData, config: SearchConfig, command: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What config.json says of a run; the data's preprocessing, by which `evaluate` shows the student images."""
+    split = data.train
+    preprocessing = {
+        "name": data.name,
+        "image_size": split.image_size[0],
+        "channels": split.channels,
+        "mean": split.mean.tolist(),
+        "std": split.std.tolist(),
+    }
+    noted = {} if command is None else {"command": dict(command)}
+    return {**asdict(config), "data": preprocessing, "teacher": digest(teacher), **noted}

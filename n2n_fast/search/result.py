@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,9 @@ from torch import Tensor, fx, nn
 from n2n_fast.files.errors import BadInput, first_line, raise_device_fault
 from n2n_fast.files.safe_pt2 import read_student
 from n2n_fast.networks.architecture import Architecture
-from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.networks.student import independent_copy
-from n2n_fast.search.pareto import Point, front
 from n2n_fast.search.reward import Cost
-from n2n_fast.search.shared import FinishedStage, Search
-from n2n_fast.search.stage import Final, Stage
+from n2n_fast.search.stage import Final, Search, Stage
 from n2n_fast.search.teacher import latency_of
 from n2n_fast.training.data import ImageData, accuracy
 from n2n_fast.training.distill import latency_ms
@@ -37,16 +34,19 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What one stage ended with: the architecture in its space."""
+class Point:
+    """A student of a search. accuracy: on validation; where it was not `trained` fully, what is expected of it."""
 
     stage: str
-    space: ArchitectureSpace
-    architecture: Architecture
+    architecture: str
+    params: int
+    macs: int
+    accuracy: float
+    trained: bool
 
 
-def train_best(stage: Stage) -> FinishedStage:
-    """Train the best of a stage fully, and keep the best of these. Raises BadInput where all trainings diverge.
+def train_best(stage: Stage) -> None:
+    """Train the best of a stage fully, which ends it. Raises BadInput where all trainings diverge.
 
     Each is chosen when the one before it is known. In a stage before the last there is only one, of which the removals
     count: it is trained at full width, and may be the teacher itself.
@@ -54,26 +54,26 @@ def train_best(stage: Stage) -> FinishedStage:
     count = stage.config.keep_top if stage.is_last else 1
     tried, diverged = {final.key for final in stage.finals}, 0
     while len(stage.finals) < count and diverged <= MOST_DIVERGED:
-        arch = next((j.architecture for j in stage.ranked() if j.architecture.key not in tried), None)
-        if arch is None:
+        judged = (stage.judge(key) for key in stage.evaluated if key not in tried)
+        best = max((one for one in judged if one is not None), key=lambda one: one.rank, default=None)
+        if best is None:
             break
-        tried.add(arch.key)
-        number, whole = len(stage.finals), _as_passed_on(stage, arch)
+        tried.add(best.architecture.key)
+        number, whole = len(stage.finals), stage.passed_on(best.architecture)
         full_accuracy, student = _train_final(stage, whole, f" {number + 1}" if count > 1 else "")
         if full_accuracy is None or student is None:
             diverged += 1
             continue
         described = {"architecture": whole.key, "params": whole.params, "macs": whole.macs}
         stage.log("final", index=number, **described, full_accuracy=full_accuracy)
-        stage.finals.append(Final(arch.key, full_accuracy, independent_copy(student).state_dict()))
+        state = independent_copy(student).state_dict()
+        stage.finals.append(Final(best.architecture.key, full_accuracy, state))
         stage.learn_accuracies()
-        stage.save()
+        stage.search.save()
     if not stage.finals:
         raise BadInput("the training of the best student diverged; lower --final-learning-rate")
-    best = max(stage.finals, key=lambda final: stage.judge_at(final.key, final.full_accuracy).rank)
-    arch = _as_passed_on(stage, stage.evaluated[best.key][0])
-    policy, accuracies, points = stage.policy.state_dict(), stage.accuracies(), _points(stage)
-    return FinishedStage(stage.name, arch.to_json(), best.student, policy, accuracies, points)
+    stage.done = True
+    stage.search.save()
 
 
 def _train_final(stage: Stage, arch: Architecture, which: str) -> tuple[float | None, fx.GraphModule | None]:
@@ -84,57 +84,34 @@ def _train_final(stage: Stage, arch: Architecture, which: str) -> tuple[float | 
     return stage.train(arch, epochs, f"the best{which} of {stage.name}")
 
 
-def _as_passed_on(stage: Stage, arch: Architecture) -> Architecture:
-    """An architecture as the next stage gets it: where one follows, only its removals count."""
-    return arch if stage.is_last else stage.space.remove(stage.space.teacher, arch.keep)
-
-
-def _points(stage: Stage) -> list[Point]:
-    """Every evaluated student with the best that is known of its accuracy."""
-    known = {}
-    for key, full_accuracy, final_accuracy in stage.anchors:
-        if full_accuracy is not None:
-            known[key] = full_accuracy if final_accuracy is None else final_accuracy
-    points = []
-    for key, full_accuracy, _ in stage.finals:
-        whole = _as_passed_on(stage, arch := stage.evaluated[key][0])
-        if whole == arch:
-            known[key] = full_accuracy
-        else:
-            points.append(Point(stage.name, whole.key, whole.params, whole.macs, full_accuracy, True))
-    for key, (arch, _) in stage.evaluated.items():
-        judged = stage.judge(key)
-        if judged is not None:
-            accuracy = known.get(key, judged.accuracy)
-            points.append(Point(stage.name, key, arch.params, arch.macs, accuracy, key in known))
-    return points
-
-
-def finish(search: Search, student: nn.Module, chosen: Sequence[Chosen]) -> Result:
+def finish(search: Search, student: nn.Module) -> Result:
     """Measure teacher and student, the test split among it for the first time, and write the artifacts.
 
-    student: of the last stage, trained. chosen: what each stage ended with.
+    student: of the last stage, trained.
     """
     directory, data, progress = search.directory, search.data, search.progress
-    points = [point for done in search.finished for point in done.points]
-    student, arch = independent_copy(student), chosen[-1].architecture
+    student, arch = independent_copy(student), search.stages[-1].result
     saved = independent_copy(student).cpu()  # torch.export.load has no map_location: files are made on the CPU
     progress.message("measuring teacher and student")
     table: dict[str, Any] = {
         "data": data.name,
-        "teacher": _measured(search.teacher.module, chosen[0].space.teacher, data),
+        "teacher": _measured(search.teacher.module, search.teacher.space.teacher, data),
         "student": _measured(student, arch, data),
     }
     table["compression"] = table["teacher"]["params"] / max(1, arch.params)
     cost = Cost(arch.params, arch.macs, latency_of(student, data, search.config))
     table["gaps"] = search.constraints.gaps(cost, table["student"]["validation_accuracy"])
     table["feasible"] = not table["gaps"]
-    directory.write_json("architecture.json", [_described(stage) for stage in chosen])
+    directory.write_tensors("policies.pt", {stage.name: stage.policy.state_dict() for stage in search.stages})
+    directory.write_json("architecture.json", [_described(stage) for stage in search.stages])
     directory.write_tensors("student.pt", saved.state_dict())
+    points = [point for stage in search.stages for point in _points(stage)]
     directory.write_json("front.json", {by: [asdict(p) for p in front(points, by)] for by in ("params", "macs")})
     index = torch.arange(2, device=data.validation.labels.device) % len(data.validation)
+    example = data.validation.batch(index)[0].cpu()
     try:
-        directory.write("student.pt2", _exported(saved, data.validation.batch(index)[0].cpu()))
+        torch.export.save(exported_program(saved.eval(), example), file := io.BytesIO())
+        directory.write("student.pt2", file.getvalue())
     except Exception as error:  # noqa: BLE001 - what a leaf's own code raises; nothing else may be lost by it
         raise_device_fault(error)
         progress.message(
@@ -145,15 +122,42 @@ def finish(search: Search, student: nn.Module, chosen: Sequence[Chosen]) -> Resu
     return Result(student, table, table["feasible"], directory.path)
 
 
-def _described(stage: Chosen) -> dict[str, Any]:
+def _points(stage: Stage) -> list[Point]:
+    """Every evaluated student with the best that is known of its accuracy."""
+    known = {key: full if final is None else final for key, full, final in stage.anchors}
+    points = []
+    for key, full_accuracy, _ in stage.finals:
+        arch = stage.evaluated[key][0]
+        if (whole := stage.passed_on(arch)) == arch:
+            known[key] = full_accuracy
+        else:
+            points.append(Point(stage.name, whole.key, whole.params, whole.macs, full_accuracy, True))
+    for key, (arch, _) in stage.evaluated.items():
+        if (judged := stage.judge(key)) is not None:
+            trained = known.get(key)
+            expected = judged.accuracy if trained is None else trained
+            points.append(Point(stage.name, key, arch.params, arch.macs, expected, trained is not None))
+    return points
+
+
+def front(points: Iterable[Point], by: str) -> list[Point]:
+    """The Pareto front of accuracy against `by`, "params" or "macs", the cheapest first."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (getattr(p, by), -p.accuracy)):
+        if not best or point.accuracy > best[-1].accuracy:
+            best.append(point)
+    return best
+
+
+def _described(stage: Stage) -> dict[str, Any]:
     """An architecture, and for readers each layer's output channels and kernel: before the stage, after it."""
-    space, arch = stage.space, stage.architecture
+    space, arch = stage.space, stage.result
     columns = (arch.keep, space.widths(space.teacher), space.widths(arch), space.teacher.kernels, arch.kernels)
     sizes = [
         {"kind": layer.kind, "kept": kept, "channels": [before, after], "kernel": [kernel, cropped]}
         for layer, kept, before, after, kernel, cropped in zip(space.layers, *columns, strict=True)
     ]
-    return {"stage": stage.stage, "layers": [layer.name for layer in space.layers], **asdict(arch), "sizes": sizes}
+    return {"stage": stage.name, "layers": [layer.name for layer in space.layers], **asdict(arch), "sizes": sizes}
 
 
 def _measured(model: nn.Module, arch: Architecture, data: ImageData) -> dict[str, Any]:
@@ -170,12 +174,6 @@ def _measured(model: nn.Module, arch: Architecture, data: ImageData) -> dict[str
         "validation_accuracy": accuracy(model, split),
         "test_accuracy": None if data.test is None else accuracy(model, data.test),
     }
-
-
-def _exported(student: nn.Module, example: Tensor) -> bytes:
-    file = io.BytesIO()
-    torch.export.save(exported_program(student.eval(), example), file)
-    return file.getvalue()
 
 
 def exported_program(student: nn.Module, example: Tensor, any_batch: bool = True) -> torch.export.ExportedProgram:

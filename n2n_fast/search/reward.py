@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 DEGENERATE = -1.0
 ANNEALING_UPDATES = 15
@@ -45,27 +45,25 @@ class Constraints:
     max_latency: float | None = None
     min_accuracy: float | None = None
 
-    def on(self, objective: str) -> float | None:
-        """The limit on what an objective counts."""
-        limit: float | None = getattr(self, f"max_{objective}")
-        return limit
+    @property
+    def costs(self) -> dict[str, float]:
+        """The limits on costs that are set, by objective."""
+        limits = {name: getattr(self, f"max_{name}") for name in OBJECTIVES}
+        return {name: limit for name, limit in limits.items() if limit is not None}
 
     def enough(self, teacher: Cost, last: bool) -> dict[str, float]:
         """The limits on costs that the teacher does not meet, by objective.
 
         A stage before the last cannot bring students to a latency: there it is half of the way, as a factor.
         """
-        limits = {}
-        for name in OBJECTIVES:
-            limit = self.on(name)
-            if limit is not None and limit < (whole := teacher.of(name)):
-                limits[name] = limit if last or name != "latency" else math.sqrt(limit * whole)
+        limits = {name: limit for name, limit in self.costs.items() if limit < teacher.of(name)}
+        if not last and "latency" in limits:
+            limits["latency"] = math.sqrt(limits["latency"] * teacher.of("latency"))
         return limits
 
     def gaps(self, cost: Cost, accuracy: float) -> dict[str, float]:
         """How far each limit that is not met is away, relative to it; empty where all are met."""
-        limits = {name: limit for name in OBJECTIVES if (limit := self.on(name)) is not None}
-        over = {name: cost.of(name) / limit - 1 for name, limit in limits.items()}
+        over = {name: cost.of(name) / limit - 1 for name, limit in self.costs.items()}
         if self.min_accuracy:
             over["accuracy"] = 1 - accuracy / self.min_accuracy
         return {name: gap for name, gap in over.items() if gap > 0}
@@ -73,11 +71,6 @@ class Constraints:
     def violation(self, cost: Cost, accuracy: float) -> float:
         """0 where all limits are met, else the sum of the relative distances to them."""
         return sum(self.gaps(cost, accuracy).values())
-
-    @property
-    def untimed(self) -> "Constraints":
-        """The same without the limit on latency."""
-        return replace(self, max_latency=None)
 
     @staticmethod
     def anneal(reward: float, update: int, severity: float = 1.0) -> float:

@@ -1,8 +1,8 @@
-"""A stage of the search, removal or shrinkage: what it acts on, and its state, which a checkpoint holds."""
+"""A search and its stages: what they share, what they tell, and the state that changes while they run."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,16 +13,81 @@ from n2n_fast.files.safe_load import parse_json, understood
 from n2n_fast.files.states import checked, load_finite, load_optimizer
 from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.search.checkpoint import CHECKPOINT
-from n2n_fast.search.config import STAGES
-from n2n_fast.search.evaluation import NOT_FINITE, Evaluation, Evaluator
+from n2n_fast.search.checkpoint import CHECKPOINT, RunDirectory
+from n2n_fast.search.config import STAGES, SearchConfig
+from n2n_fast.search.environment import NOT_FINITE, Evaluation, Evaluator, Executor, Recipe, Training, Transition
 from n2n_fast.search.policies import new_policy
 from n2n_fast.search.predictor import AccuracyPredictor
-from n2n_fast.search.reward import Cost, StageReward
-from n2n_fast.search.shared import Search
-from n2n_fast.search.transition import Transition
-from n2n_fast.training.data import accuracy
+from n2n_fast.search.reward import DEGENERATE, Constraints, Cost, RewardFunction, StageReward
+from n2n_fast.search.teacher import Reference, restored
+from n2n_fast.training.data import ImageData, accuracy
+from n2n_fast.training.distill import Progress
 from n2n_fast.training.seeds import derived
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One student of an update; a line of history.jsonl. `actions` as the policy drew them, one entry a layer.
+
+    short_accuracy: after the few steps of a rollout; predicted_accuracy: after a full training, which the reward
+    counts, and accuracy_error its standard error; all None where `error` says why. latency: ms. cached: evaluated
+    before.
+    """
+
+    stage: str
+    update: int
+    index: int
+    actions: list[Any]
+    architecture: str | None = None
+    params: int | None = None
+    macs: int | None = None
+    latency: float | None = None
+    short_accuracy: float | None = None
+    predicted_accuracy: float | None = None
+    accuracy_error: float | None = None
+    reward: float = DEGENERATE
+    feasible: bool = False
+    cached: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+class SearchProgress(Progress):
+    """What `compress` tells while it works; override what you want to show."""
+
+    def rollout(self, rollout: Rollout, best: Rollout | None, compression: float | None) -> None:
+        """A rollout was evaluated; compression: how many times fewer params than the teacher the best has."""
+
+    def stopping(self) -> bool:
+        """Whether to stop as soon as the current update or training is kept; the search then raises Interrupted."""
+        return False
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the stages of a search share, and the stages that have begun, the current one last.
+
+    policies: of another run, by stage. training, reward: the user's own.
+    """
+
+    config: SearchConfig
+    data: ImageData
+    teacher: Reference
+    constraints: Constraints
+    directory: RunDirectory
+    progress: SearchProgress
+    executor: Executor
+    policies: Mapping[str, Any]
+    training: Training | None
+    reward: RewardFunction | None
+    stages: list["Stage"] = field(default_factory=list)
+
+    def save(self) -> None:
+        """Write the checkpoint, from which the search goes on as if nothing had happened.
+
+        Raises Interrupted after that where the search was asked to stop.
+        """
+        self.directory.save({"stages": [stage.state_dict() for stage in self.stages]})
 
 
 class Anchor(NamedTuple):
@@ -60,23 +125,22 @@ class Judged:
 class Stage:
     """One stage: its space, policy and reward, and the state that changes while it runs.
 
-    x: the layers' features, (layers, features). mask: which actions change anything, as the policy takes it.
+    x: the layers' features, (layers, features). mask: which actions change anything, as the policy takes it. done:
+    whether its best students are trained.
     """
 
     def __init__(self, name: str, space: ArchitectureSpace, search: Search) -> None:
-        """A stage before its first update; `begun` gives it as the run's checkpoint left it."""
+        """The stage as the run's checkpoint left it, or before its first update; it is the current one from now on."""
         config, teacher, constraints = search.config, search.teacher, search.constraints
         self.name, self.space, self.search, self.config = name, space, search, config
         self.is_last = name == STAGES[config.stages][-1]
         removes = name == "removal"
         limited = constraints.enough(teacher.cost, self.is_last)
-        limits = constraints if self.is_last else constraints.untimed
-        self.transition = Transition.of(space, config, removes, self.is_last, limited, search.reward is not None)
+        limits = constraints if self.is_last else replace(constraints, max_latency=None)
+        reached = () if removes and self.is_last else limited  # nothing but removals could do that
+        self.transition = Transition.of(space, config, removes, reached, grows=search.reward is None)
         self.reward = StageReward(
             teacher.cost, teacher.accuracy, config.objective, limits, limited, config.penalty, search.reward
-        )
-        self.evaluator = Evaluator(
-            name, space, search.data, teacher.logits, teacher.calibration, config, search.training
         )
         self.x = space.features()
         removable = torch.tensor([layer.removable for layer in space.layers])
@@ -90,17 +154,20 @@ class Stage:
         self.evaluated: dict[str, tuple[Architecture, Evaluation]] = {}
         self.anchors: list[Anchor] = []
         self.finals: list[Final] = []
+        self.done = False
         self.predictor = AccuracyPredictor()
+        search.stages.append(self)
+        self._load()
 
-    @classmethod
-    def begun(cls, name: str, space: ArchitectureSpace, search: Search) -> "Stage":
-        """The stage as the run's checkpoint left it, if it is the one at hand there, with an executor for it."""
-        stage, state = cls(name, space, search), search.stage_at_hand
-        if state is not None and state["name"] == name:
-            with understood(search.directory.path / CHECKPOINT):
-                stage.load_state_dict(state)
-        search.executor.begin(stage.evaluator, search.recipe(name))
-        return stage
+    def begin(self) -> None:
+        """Have the executor evaluate this stage's students."""
+        search, teacher = self.search, self.search.teacher
+        earlier = tuple((stage.result.to_json(), stage.best.student) for stage in search.stages[:-1])
+        shared = search.data, teacher.logits, teacher.calibration, self.config, search.training
+        recipe = Recipe(
+            self.name, teacher.original, search.data, teacher.calibration, self.config, earlier, search.training
+        )
+        search.executor.begin(Evaluator(self.name, self.space, *shared), recipe)
 
     # Evaluation
 
@@ -113,37 +180,39 @@ class Stage:
         is_smaller = arch.params < self.search.teacher.cost.params
         return arch if is_smaller else DegenerateArchitecture("no smaller than the teacher")
 
-    def new(self, archs: Sequence[Architecture | DegenerateArchitecture]) -> dict[int, Architecture]:
-        """Those of the architectures that have to be evaluated, by index."""
-        seen = set(self.evaluated) if self.config.reuse else set()
-        new = {}
-        for index, arch in enumerate(archs):
-            if isinstance(arch, Architecture) and arch.key not in seen:
-                new[index] = arch
-                if self.config.reuse:
-                    seen.add(arch.key)
-        return new
+    def evaluate(self, archs: Mapping[int, Architecture]) -> Iterator[bool]:
+        """Have architectures evaluated, by their index in the update; tells of each, in order, whether it was new.
 
-    def evaluate(self, archs: Mapping[int, Architecture]) -> Iterator[Evaluation]:
-        """Evaluations of architectures, by their index in the update, in this order; remembered in `evaluated`."""
-        keys = {index: (arch.key,) if self.config.reuse else (self.update, index) for index, arch in archs.items()}
-        seeds = (derived(self.config.seed, self.name, *key) for key in keys.values())
-        evaluations = self.search.executor.evaluate(list(zip(archs.values(), seeds, strict=True)))
-        for arch in archs.values():
-            evaluation = next(evaluations)
-            self.evaluated[arch.key] = arch, evaluation
-            yield evaluation
+        What they show is in `evaluated`.
+        """
+        reuse, jobs = self.config.reuse, dict[tuple[object, ...], Architecture]()
+        keys = [((arch.key,) if reuse else (self.update, index), arch) for index, arch in archs.items()]
+        for key, arch in keys:
+            if not reuse or arch.key not in self.evaluated:
+                jobs.setdefault(key, arch)
+        seeds = (derived(self.config.seed, self.name, *key) for key in jobs)
+        evaluations = self.search.executor.evaluate(list(zip(jobs.values(), seeds, strict=True)))
+        for key, arch in keys:
+            is_new = jobs.pop(key, None) is not None
+            if is_new:
+                self.evaluated[arch.key] = arch, next(evaluations)
+            yield is_new
 
     def train(self, arch: Architecture, epochs: float, purpose: str) -> tuple[float | None, fx.GraphModule | None]:
         """A fully trained student with its validation accuracy before it; None where the training diverged."""
-        progress = self.search.progress
-        checkpointer = self.search.directory.training(f"{purpose} {arch.key}")
+        search = self.search
+        checkpointer = search.directory.training(f"{purpose} {arch.key}")
         try:
-            student = self.evaluator.train(arch, epochs, purpose, progress, checkpointer)
-            return accuracy(student, self.search.data.validation, strict=True), student
+            student = search.executor.evaluator.train(arch, epochs, purpose, search.progress, checkpointer)
+            return accuracy(student, search.data.validation, strict=True), student
         except NOT_FINITE as error:
-            progress.message(f"{purpose}: the training diverged ({first_line(error)})")
+            search.progress.message(f"{purpose}: the training diverged ({first_line(error)})")
             return None, None
+
+    def shown(self, key: str) -> dict[str, Any]:
+        """An evaluated student and what it shows, for history.jsonl."""
+        arch, evaluation = self.evaluated[key]
+        return {"architecture": key, "params": arch.params, "macs": arch.macs, **asdict(evaluation)}
 
     # Judgement
 
@@ -159,13 +228,8 @@ class Stage:
         value, violation = self.reward(accuracy, cost), self.reward.limits.violation(cost, accuracy)
         return Judged(arch, accuracy, error, value, violation)
 
-    def ranked(self) -> list[Judged]:
-        """All evaluated students, the best first."""
-        judged = [self.judge(key) for key in self.evaluated]
-        return sorted((j for j in judged if j is not None), key=lambda j: j.rank, reverse=True)
-
     def learn_accuracies(self) -> None:
-        """Let the predictor learn from all full trainings so far; rewards that were given stay as they are."""
+        """Let the predictor learn from all full trainings so far; earlier rewards stay as they are."""
         before, self.predictor = self.predictor, self._learned()
         if self.predictor != before:
             self.log("predictor", **asdict(self.predictor))
@@ -175,26 +239,43 @@ class Stage:
         full = {anchor.key: anchor.full_accuracy for anchor in self.anchors if anchor.full_accuracy is not None}
         pairs = [(known, full[key]) for key in full if (known := short[key]) is not None]
         predictor = AccuracyPredictor.learned(pairs)
-        trained = [pair for done in self.search.finished for pair in done.accuracies] + self.accuracies()
+        trained = [
+            (anchor.full_accuracy, anchor.final_accuracy)
+            for stage in self.search.stages
+            for anchor in stage.anchors
+            if anchor.full_accuracy is not None and anchor.final_accuracy is not None
+        ]
         for key, final, _ in self.finals if self.is_last else ():
             if (known := short[key]) is not None:
                 trained.append((full.get(key) or predictor(known)[0], final))
         return predictor.learned_final(trained, self.search.teacher.accuracy)
 
-    def accuracies(self) -> list[tuple[float, float]]:
-        """Of the anchors that got the final training too: after an anchor's training, and after that."""
-        both = ((full, final) for _, full, final in self.anchors)
-        return [(full, final) for full, final in both if full is not None and final is not None]
+    # What it ends with
+
+    @property
+    def best(self) -> Final:
+        """The best of the students that were trained fully."""
+        return max(self.finals, key=lambda final: self.judge_at(final.key, final.full_accuracy).rank)
+
+    @property
+    def result(self) -> Architecture:
+        """The architecture of the best."""
+        return self.passed_on(self.evaluated[self.best.key][0])
+
+    def passed_on(self, arch: Architecture) -> Architecture:
+        """An architecture as the next stage gets it: where one follows, only its removals count."""
+        return arch if self.is_last else self.space.remove(self.space.teacher, arch.keep)
+
+    def student(self) -> fx.GraphModule:
+        """The best student, trained."""
+        with understood(self.search.directory.path / CHECKPOINT):
+            return restored(self.space, self.result, self.best.student)
 
     # State
 
     def log(self, kind: str, **fields: Any) -> None:
         """Add a line to history.jsonl."""
         self.search.directory.log({"kind": kind, "stage": self.name, "update": self.update, **fields})
-
-    def save(self) -> None:
-        """Write the checkpoint; raises Interrupted after that where the search was asked to stop."""
-        self.search.save(self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes while the stage runs, but for the predictor, which follows from it."""
@@ -205,27 +286,40 @@ class Stage:
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
-            "evaluated": json.dumps([[asdict(arch), asdict(found)] for arch, found in self.evaluated.values()]),
+            "evaluated": json.dumps([[asdict(one) for one in pair] for pair in self.evaluated.values()]),
             "anchors": [list(anchor) for anchor in self.anchors],
             "finals": [list(final) for final in self.finals],
+            "done": self.done,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave; raises ValueError and the like where it is not of this stage."""
-        self.update = checked(state["update"], int)
-        self.baseline = _checked_or_none(state["baseline"])
-        load_finite(self.policy, state["policy"])
-        load_optimizer(self.optimizer, state["optimizer"])
-        self.generator.set_state(state["generator"])
-        for record, evaluation in parse_json(state["evaluated"]):
-            arch = self.space.member(Architecture.from_json(json.dumps(record)))
-            self.evaluated[arch.key] = arch, Evaluation.from_record(evaluation, self.config.times)
-        self.anchors = [Anchor(key, _checked_or_none(full), _checked_or_none(f)) for key, full, f in state["anchors"]]
-        self.finals = [Final(key, checked(full, float), student) for key, full, student in state["finals"]]
-        unknown = {anchor.key for anchor in self.anchors if anchor.key} | {final.key for final in self.finals}
-        if unknown - self.evaluated.keys():
-            raise ValueError("an anchor or a trained student was never evaluated")
-        self.predictor = self._learned()
+    def _load(self) -> None:
+        """Take up what the run's checkpoint has of this stage. Raises BadInput where it is of no such stage."""
+        saved, place = self.search.directory.checkpoint, len(self.search.stages) - 1
+        with understood(self.search.directory.path / CHECKPOINT):
+            if saved is None or place >= len(saved["stages"]):
+                return
+            state = dict(saved["stages"][place])
+            if state["name"] != self.name:
+                raise ValueError(f"of the stage {state['name']!s:.80}")
+            self.update = checked(state["update"], int)
+            self.baseline = _checked_or_none(state["baseline"])
+            load_finite(self.policy, state["policy"])
+            load_optimizer(self.optimizer, state["optimizer"])
+            self.generator.set_state(state["generator"])
+            for record, evaluation in parse_json(state["evaluated"]):
+                arch = self.space.member(Architecture.from_json(json.dumps(record)))
+                self.evaluated[arch.key] = arch, Evaluation.from_record(evaluation, self.config.times)
+            self.anchors = [
+                Anchor(key, _checked_or_none(full), _checked_or_none(final)) for key, full, final in state["anchors"]
+            ]
+            self.finals = [Final(key, checked(full, float), student) for key, full, student in state["finals"]]
+            trained = {anchor.key for anchor in self.anchors if anchor.key} | {final.key for final in self.finals}
+            if trained - self.evaluated.keys():
+                raise ValueError("an anchor or a trained student was never evaluated")
+            if not isinstance(state["done"], bool) or (state["done"] and not self.finals):
+                raise ValueError("a stage that is done without a student")
+            self.done = state["done"]
+            self.predictor = self._learned()
 
 
 def _checked_or_none(value: Any) -> float | None:

@@ -1,5 +1,6 @@
-"""The teacher as a search sees it: its space of students, its logits, what it costs and how accurate it is."""
+"""The teacher as a search refers to it: its space of students, its logits, what it costs and how accurate it is."""
 
+import copy
 import hashlib
 from dataclasses import dataclass
 
@@ -12,22 +13,23 @@ from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.networks.tracing import run
 from n2n_fast.search.config import SearchConfig
-from n2n_fast.search.reward import Cost
+from n2n_fast.search.reward import Constraints, Cost
 from n2n_fast.training.batches import TeacherLogits
 from n2n_fast.training.data import ImageData, accuracy
 from n2n_fast.training.distill import latency_ms
 from n2n_fast.training.seeds import derived
+from n2n_fast.training.teachers import check_teacher
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Reference:
     """The teacher, to which every stage's logits and rewards refer.
 
-    module: in float32 and eval mode, gives logits alone. given: the same as it came, which may have more outputs.
+    original: in float32 and eval mode, as it came, which may have more outputs. module: the same, gives logits alone.
     space: of all its students. calibration: unlabelled images (n, C, H, W). accuracy: on the validation split.
     """
 
-    given: nn.Module
+    original: nn.Module
     module: nn.Module
     space: ArchitectureSpace
     calibration: Tensor
@@ -36,14 +38,29 @@ class Teacher:
     logits: TeacherLogits
 
     @classmethod
-    def of(cls, given: nn.Module, data: ImageData, config: SearchConfig) -> "Teacher":
-        """Trace and measure a teacher in float32 and eval mode. Raises BadInput where it cannot be used."""
+    def of(cls, teacher: nn.Module, data: ImageData, config: SearchConfig) -> "Reference":
+        """Try, trace and measure a copy of a teacher on the data's device. Raises BadInput where it cannot be used."""
+        original = copy.deepcopy(teacher).eval().to(data.train.images.device, torch.float32)
+        check_teacher(original, data)
         calibration = _calibration_images(data, config)
-        space = space_of(given, calibration, config)
-        module = giving_logits(given, space, calibration)
+        space = space_of(original, calibration, config)
+        module = giving_logits(original, space, calibration)
         validation_accuracy = _above_chance(module, data)
         cost = Cost(space.teacher.params, space.teacher.macs, latency_of(module, data, config))
-        return cls(given, module, space, calibration, cost, validation_accuracy, TeacherLogits(module, data.train))
+        return cls(original, module, space, calibration, cost, validation_accuracy, TeacherLogits(module, data.train))
+
+    @property
+    def summary(self) -> str:
+        """One line of it."""
+        timed = "" if self.cost.latency is None else f", {self.cost.latency:.2f} ms"
+        return f"teacher: {self.cost.params:,} params{timed}, validation accuracy {self.accuracy:.2%}"
+
+    def limits(self, config: SearchConfig) -> Constraints:
+        """The limits on students, that on the drop of accuracy below the teacher's among them."""
+        least = config.min_accuracy
+        if config.max_drop is not None:
+            least = max(least or 0.0, self.accuracy - config.max_drop / 100)
+        return Constraints(config.max_params, config.max_macs, config.max_latency, least)
 
 
 def space_of(teacher: nn.Module, calibration: Tensor, config: SearchConfig) -> ArchitectureSpace:
@@ -76,13 +93,22 @@ def latency_of(model: nn.Module, data: ImageData, config: SearchConfig) -> float
     return latency_ms(model, images.batch(index)[0])
 
 
+def digest(teacher: nn.Module) -> str:
+    """A short hash of a network's tensors in float32, which tells one teacher from another."""
+    content = hashlib.sha256()
+    for name, tensor in teacher.state_dict().items():
+        content.update(name.encode())
+        values = tensor.float() if tensor.is_floating_point() else tensor
+        content.update(values.detach().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]
+
+
 def _calibration_images(data: ImageData, config: SearchConfig) -> Tensor:
     """Unlabelled training images, (n, C, H, W) normalised, drawn by the seed."""
     split = data.train
     generator = torch.Generator().manual_seed(derived(config.seed, "calibration"))
     index = torch.randperm(len(split), generator=generator)[: config.calibration_images]
-    images, _ = split.batch(index.to(split.images.device))
-    return images
+    return split.batch(index.to(split.images.device))[0]
 
 
 def _above_chance(teacher: nn.Module, data: ImageData) -> float:
@@ -98,12 +124,3 @@ def _above_chance(teacher: nn.Module, data: ImageData) -> float:
             f"({chance:.1%}): set --mean, --std and --image-size to the preprocessing that it was trained with"
         )
     return measured
-
-
-def digest(teacher: nn.Module) -> str:
-    """A short hash of a network's tensors, which tells one teacher from another."""
-    content = hashlib.sha256()
-    for name, tensor in teacher.state_dict().items():
-        content.update(name.encode())
-        content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return content.hexdigest()[:16]

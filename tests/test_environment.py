@@ -1,4 +1,4 @@
-"""What is not finite in a student is told, and never becomes an accuracy."""
+"""From actions to architectures, with and without limits; what is not finite in a student never becomes an accuracy."""
 
 import math
 import pickle
@@ -9,17 +9,68 @@ import torch
 import n2n_fast
 from elsewhere import ELSEWHERE, Fetching, tensors_of
 from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.search import evaluation
-from n2n_fast.search import teacher as teacher_module
+from n2n_fast.search import environment
 from n2n_fast.search.config import SearchConfig
-from n2n_fast.search.evaluation import Evaluation, Evaluator, Recipe
+from n2n_fast.search.environment import MOST_TILTED, Evaluation, Evaluator, Recipe, Transition
 from n2n_fast.training import distill
 from n2n_fast.training.batches import TeacherLogits
-from n2n_fast.training.data import accuracy
 from n2n_fast.training.distill import Diverged, seeded
 from n2n_fast.training.teachers import SmallResNet
 
 NAN = float("nan")
+RATIOS = (0.25, 0.5, 1.0)
+
+
+@pytest.fixture(scope="module")
+def space():
+    return ArchitectureSpace(SmallResNet(2, 10, 1), torch.zeros(2, 1, 8, 8))
+
+
+def gone(space, names):
+    return [int(layer.name not in names) for layer in space.layers]
+
+
+def test_without_limits_students_are_as_they_are_drawn(space):
+    actions = gone(space, {next(layer.name for layer in space.layers if layer.removable)})
+    assert Transition(space, True, RATIOS)(actions) == space.remove(space.teacher, [bool(a) for a in actions])
+    drawn = [[i % 3, (i + 1) % 3] for i in range(len(space.layers))]
+    channels, kernels = ([RATIOS[place] for place in places] for places in zip(*drawn, strict=True))
+    assert Transition(space, False, RATIOS)(drawn) == space.shrink(space.teacher, channels, kernels)
+
+
+@pytest.mark.parametrize("limited", ["params", "macs"])
+def test_removals_are_judged_at_the_limit(space, limited):
+    most = getattr(space.teacher, limited) // 5
+    transition = Transition(space, True, RATIOS, limited, **{limited: most}, grows=True)
+    narrowed = space.tilted(MOST_TILTED / 2, limited)
+    assert transition(gone(space, ())) == space.shrink_within(space.teacher, narrowed, **{limited: most}, grow=True)
+    removable = [layer.name for layer in space.layers if layer.removable]
+    for names in (removable[:1], removable[-2:]):
+        arch = transition(gone(space, names))
+        assert 0.8 * most < getattr(arch, limited) <= most
+        assert [layer.name for layer, kept in zip(space.layers, arch.keep, strict=True) if not kept] == names
+
+
+def test_only_what_grows_reaches_the_limit_from_below(space):
+    most = space.teacher.params // 3
+    smallest = [[0, 2]] * len(space.layers)
+    stays, grows = (Transition(space, False, RATIOS, "params", most, grows=grows)(smallest) for grows in (False, True))
+    assert stays == space.shrink(space.teacher, [0.25] * len(space.layers))
+    assert stays.params < 0.8 * most < grows.params <= most
+
+
+def test_tilted_actions_save_ever_more_params_and_leave_kernels(space):
+    transition = Transition(space, False, (0.1, 0.2, 0.4, 0.6, 0.8, 1.0), "params", space.teacher.params // 5)
+    mild, most = (transition.tilted(tilt) for tilt in (0.0, MOST_TILTED))
+    assert (mild == 5).all()
+    assert (most[:, 0] < 5).any()
+    assert (most[:, 1] == 5).all()
+
+
+def test_a_limit_out_of_reach_leads_to_the_smallest(space):
+    arch = Transition(space, False, RATIOS, "params", 10)([[2, 2]] * len(space.layers))
+    assert all(width == 1 for width, whole in zip(arch.widths, space.teacher.widths, strict=True) if width < whole)
+    assert 10 < arch.params < space.teacher.params // 20
 
 
 @pytest.fixture(scope="module")
@@ -64,37 +115,14 @@ def test_weights_that_are_not_finite_are_an_error(value, steps, evaluator, monke
     found = judge.evaluate(judge.space.teacher, 0)
     assert found.short_accuracy is None
     assert "not finite" in found.error or "the loss is" in found.error
-    assert Evaluation.from_record(vars(found), timed=False) == found
-
-
-def test_a_single_image_without_finite_logits_is_an_error(evaluator, data):
-    judge = evaluator()
-    bright = judge._images.images.clone()
-    bright[3] = NAN
-    object.__setattr__(judge._images, "images", bright)
-    found = judge.evaluate(judge.space.teacher, 0)
-    assert found.short_accuracy is None
-    assert "the logits of 1 of" in found.error
-    with seeded(0, torch.device("cpu")):
-        model = SmallResNet(1, data.classes, 1).eval()
-    assert 0 <= accuracy(model, judge._images) < 1
-
-
-@pytest.mark.parametrize("latency", [NAN, math.inf])
-def test_a_latency_that_is_not_finite_is_an_error(latency, evaluator, monkeypatch):
-    judge = evaluator(max_latency=5.0)
-    monkeypatch.setattr(teacher_module, "latency_ms", lambda *_: latency)
-    found = judge.evaluate(judge.space.teacher, 0)
-    assert (found.short_accuracy, found.latency) == (None, None)
-    assert "latency" in found.error
+    assert Evaluation.from_record(vars(found), timed=True) == found
 
 
 def test_a_reconstruction_that_cannot_be_solved_is_an_error(evaluator, monkeypatch):
-    judge = evaluator()
-
     def singular(*_):
         raise torch.linalg.LinAlgError("linalg.cholesky: the input is not positive-definite")
 
+    judge = evaluator()
     monkeypatch.setattr(ArchitectureSpace, "build", singular)
     assert "positive-definite" in judge.evaluate(judge.space.teacher, 0).error
 
@@ -104,14 +132,12 @@ def test_an_overflow_of_mixed_precision_diverges(dtype, evaluator, monkeypatch):
     monkeypatch.setattr(distill, "mixed_precision", lambda *_: torch.autocast("cpu", dtype))
     judge = evaluator(2)
     spoiled(monkeypatch, lambda student: student.fc.weight.fill_(1e38))
-    found = judge.evaluate(judge.space.teacher, 0)
-    assert found.short_accuracy is None
-    assert "the loss is" in found.error
+    assert "the loss is" in judge.evaluate(judge.space.teacher, 0).error
     with pytest.raises(Diverged):
         judge.train(judge.space.teacher, 1, "a student")
 
 
-def test_a_recipe_travels_by_the_cpu(data):
+def test_a_recipe_travels_by_the_cpu_and_is_made_where_it_is_told(data, monkeypatch):
     """A worker may see no such device as the run is on, or another."""
     teacher, images = SmallResNet(1, data.classes, 1).to(ELSEWHERE), torch.zeros(2, 1, 8, 8, device=ELSEWHERE)
     earlier = (("an architecture", teacher.state_dict()),)
@@ -121,22 +147,18 @@ def test_a_recipe_travels_by_the_cpu(data):
     assert {tensor.device.type for tensor in tensors_of(arrived)} == {"cpu"}
     assert {tensor.device for tensor in tensors_of(recipe)} == {ELSEWHERE}
     assert len(tensors_of(arrived)) == len(tensors_of(recipe))
-
-
-def test_a_recipe_is_made_where_it_is_told(data, monkeypatch):
-    monkeypatch.setattr(evaluation, "space_of", lambda teacher, calibration, config: (teacher, calibration))
-    monkeypatch.setattr(evaluation, "giving_logits", lambda teacher, space, images: teacher)
-    monkeypatch.setattr(evaluation, "Evaluator", lambda *parts: parts)
-    recipe = Recipe("shrinkage", SmallResNet(1, 4, 1), data, torch.zeros(2, 1, 8, 8), SearchConfig())
-    assert {tensor.device for tensor in tensors_of(recipe(ELSEWHERE))} == {ELSEWHERE}
+    monkeypatch.setattr(environment, "space_of", lambda teacher, calibration, config: (teacher, calibration))
+    monkeypatch.setattr(environment, "giving_logits", lambda teacher, space, images: teacher)
+    monkeypatch.setattr(environment, "Evaluator", lambda *parts: parts)
+    monkeypatch.setattr(environment, "restored", lambda *_: teacher)
+    monkeypatch.setattr(environment.Architecture, "from_json", lambda _: None)
+    assert {tensor.device for tensor in tensors_of(arrived(ELSEWHERE))} == {ELSEWHERE}
 
 
 def test_clocks_wait_for_the_device_before_they_begin_and_at_every_note(monkeypatch):
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
-    timer = evaluation._Clock(device := torch.device("cuda", 1))
+    timer = environment._Clock(device := torch.device("cuda", 1))
     assert waits == [device]
     timer.note("build")
     assert waits == [device] * 2
-    evaluation._Clock(torch.device("cpu")).note("build")
-    assert len(waits) == 2
