@@ -2,7 +2,8 @@
 
 from n2n_fast.files.errors import BadInput, DegenerateArchitecture
 from n2n_fast.native import build_info, kd_loss, kd_loss_and_grad, materialize
-from n2n_fast.networks.graph import Architecture, Layer
+from n2n_fast.networks.architecture import Architecture
+from n2n_fast.networks.layers import Layer
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search.checkpoint import Interrupted
 from n2n_fast.search.config import SearchConfig

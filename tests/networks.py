@@ -2,13 +2,19 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.models
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from n2n_fast.files.errors import DegenerateArchitecture
+from n2n_fast.networks.graph import TracedTeacher
 from n2n_fast.networks.space import ArchitectureSpace
+from n2n_fast.networks.student import slots_of
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -345,3 +351,44 @@ def ratios(space: ArchitectureSpace, **of: float) -> list[float]:
     chosen = {name.lstrip("_").replace("__", "."): ratio for name, ratio in of.items()}
     assert chosen.keys() <= {layer.name for layer in space.layers}
     return [chosen.get(layer.name, 1.0) for layer in space.layers]
+
+
+def check_student(space: ArchitectureSpace, x: Tensor, seed: int, least: float = 0.1) -> Any:
+    """A student at random of ratios from `least` on, None if degenerate: params, MACs and gradients as foreseen."""
+    rng = np.random.default_rng(seed)
+    keep = (rng.random(len(space.layers)) >= 0.2).tolist()
+    channels, kernels = (rng.uniform(least, 1, len(space.layers)).tolist() for _ in range(2))
+    try:
+        arch = space.shrink(space.remove(space.teacher, keep), channels, kernels)
+    except DegenerateArchitecture:
+        return None
+    student = space.build(arch)
+    assert sum(p.numel() for p in student.parameters()) == arch.params
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        student(x[:1])
+    assert counter.get_total_flops() == 2 * arch.macs
+    student.train()(x).square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
+    return student
+
+
+def kill_channels(traced: TracedTeacher, share: int) -> list[float]:
+    """Zero all that writes one in `share` units of each group that can shrink; the ratios that drop just these.
+
+    Not where a norm averages over channels: there a channel of zeros counts in the mean.
+    """
+    rng, left = np.random.default_rng(0), [1.0] * len(traced.layers)
+    averaging = [i for i, m in enumerate(traced.modules) if isinstance(m, nn.LayerNorm)]
+    averaged = traced.occurrences[traced.in_axis[averaging]].any(0)
+    for g, units in enumerate(traced.units):
+        spare = len(units) // share
+        if traced.pinned[g] or averaged[g] or not traced.writers[g] or spare == 0:
+            continue
+        left[traced.writers[g][0]] = 1 - spare / len(units)
+        dead = rng.choice(units, spare, replace=False)
+        for slot in slots_of(traced):
+            if slot.is_parameter:
+                written = slot.columns if slot.transposed and slot.columns is not None else slot.rows
+                weight = slot.tensor if written == slot.rows else slot.tensor.transpose(0, 1)
+                weight[torch.from_numpy(np.isin(traced.axes[written], dead))] = 0
+    return left

@@ -1,9 +1,9 @@
-"""Whatever people write: channels are followed, or held and said to be, and every student is what was foreseen."""
+"""Whatever people write: channels are followed, or pinned with a warning, and every student is what was foreseen."""
 
-import numpy as np
+import functools
+
 import pytest
 import torch
-import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -12,24 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import networks
 from n2n_fast.files.errors import DegenerateArchitecture
 from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.networks.student import slots_of
-from networks import Tail, chain, images, settle
-from written import WRITTEN, conv
+from networks import Branching, NotUnderstood, Tail, check_student, images, kill_channels, ratios, settle, without
+from written import WRITTEN, conv, net_of
 
 
-def net_of(name: str) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return settle(WRITTEN[name].make())
-
-
-SPACES: dict[str, ArchitectureSpace] = {}
-
-
+@functools.cache
 def space_of(name: str) -> ArchitectureSpace:
-    if name not in SPACES:
-        SPACES[name] = ArchitectureSpace(net_of(name), images())
-    return SPACES[name]
+    return ArchitectureSpace(net_of(name), images())
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -52,45 +41,32 @@ def test_everything_kept_gives_the_teachers_outputs(name: str) -> None:
 @given(st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=8)
 def test_students_are_what_was_foreseen(name: str, seed: int) -> None:
-    space, rng = space_of(name), np.random.default_rng(seed)
-    keep = (rng.random(len(space.layers)) >= 0.2).tolist()
-    channels, kernels = (rng.uniform(0.05, 1, len(space.layers)).tolist() for _ in range(2))
-    try:
-        arch = space.shrink(space.remove(space.teacher, keep), channels, kernels)
-    except DegenerateArchitecture:
-        return
-    student = space.build(arch)
-    assert sum(p.numel() for p in student.parameters()) == arch.params
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        student(images(count=1))
-    assert counter.get_total_flops() == 2 * arch.macs
-    student.train()(images()).square().sum().backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
+    check_student(space_of(name), images(), seed, least=0.05)
 
 
 @pytest.mark.parametrize("name", [name for name, case in WRITTEN.items() if case.exact])
 def test_dead_channels_are_dropped_without_loss(name: str) -> None:
-    teacher, rng = net_of(name), np.random.default_rng(0)
-    traced = ArchitectureSpace(teacher, images())._traced
-    left = [1.0] * len(traced.layers)
-    for g, units in enumerate(traced.units):
-        spare = len(units) // 2
-        if traced.pinned[g] or not traced.writers[g] or spare == 0:
-            continue
-        left[traced.writers[g][0]] = 1 - spare / len(units)
-        dead = rng.choice(units, spare, replace=False)
-        for slot in slots_of(traced):
-            if slot.is_parameter:
-                written = slot.columns if slot.transposed and slot.columns is not None else slot.rows
-                weight = slot.tensor if written == slot.rows else slot.tensor.transpose(0, 1)
-                weight[torch.from_numpy(np.isin(traced.axes[written], dead))] = 0
+    traced = ArchitectureSpace(net_of(name), images())._traced
+    left = kill_channels(traced, share=2)
     space = ArchitectureSpace(traced.module, images())
     with torch.no_grad():
         expected, got = traced.module(images()), space.build(space.shrink(space.teacher, left))(images())
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-# Other ranks, dtypes, outputs
+@pytest.mark.parametrize("name", ["channel_last", "shuffled", *WRITTEN])
+def test_a_students_own_space_is_no_narrower(name: str) -> None:
+    """Stage 2 searches the space of stage 1's student."""
+    space = space_of(name) if name in WRITTEN else networks.space_of(name)
+    again = ArchitectureSpace(space.build(space.teacher), images())
+    assert again.teacher.params == space.teacher.params
+    assert again.choices(again.teacher) == space.choices(space.teacher)
+    assert again.layers == space.layers
+
+
+def test_nothing_is_warned_about_where_all_is_understood() -> None:
+    for name in networks.SMALL:
+        assert networks.space_of(name).warnings == (), name
 
 
 def volume(dimensions: int) -> nn.Module:
@@ -121,81 +97,43 @@ def test_signals_and_volumes_shrink_too(dimensions: int) -> None:
             assert counter.get_total_flops() == 2 * arch.macs
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_example_takes_the_teachers_dtype(dtype: torch.dtype) -> None:
-    net = settle(chain()).to(dtype)
-    space = ArchitectureSpace(net, images(), calibration=images(count=32))
-    student = space.build(space.shrink(space.teacher, [0.5] * len(space.layers)), "fitted")
-    assert {p.dtype for p in student.parameters()} == {dtype}
-    assert student(images().to(dtype)).isfinite().all()
+# What is pinned
 
 
-class ManyOutputs(Tail):
-    """Logits and what else was at hand."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind, self.conv = kind, conv(8, 12)
-
-    def forward(self, x: Tensor) -> object:
-        features = self.stem(x)
-        other = self.conv(features)
-        logits = self.fc(features.mean((2, 3)))
-        if self.kind == "dict":
-            return {"features": features, "logits": logits}
-        return (logits, other) if self.kind == "tuple" else [(logits, features)]
-
-
-@pytest.mark.parametrize("kind", ["tuple", "dict", "nested"])
-def test_of_several_outputs_students_give_the_logits(kind: str) -> None:
-    net = ManyOutputs(kind).eval()
+@pytest.mark.parametrize("operation", ["cumsum", "einsum"])
+def test_an_operation_that_is_not_understood_pins_what_it_touches(operation: str) -> None:
+    net = settle(NotUnderstood(operation))
     space = ArchitectureSpace(net, images())
-    output: object = net(images())
-    while not isinstance(output, Tensor):
-        output = output["logits"] if isinstance(output, dict) else output[0]  # type: ignore[index]
-    assert torch.equal(space.build(space.teacher)(images()), output)
-    assert "conv" not in [layer.name for layer in space.layers]
-    assert sum("conv" in warning for warning in space.warnings) == 1  # nothing that remains uses it
+    assert any(operation in warning for warning in space.warnings)
+    assert torch.equal(space.build(space.teacher)(images()), net(images()))
+    count = len(space.layers)
+    student = space.build(space.shrink(space.teacher, [0.5] * count, [0.4] * count))
+    sizes = {name: getattr(student, name).out_channels for name in ("stem", "conv", "free", "last")}
+    assert sizes == {"stem": 4, "conv": 8, "free": 6, "last": 4}
+    assert student(images()).shape == (2, 10)
+    student = space.build(space.remove(space.teacher, without(space, "free")))  # its 12 channels meet the 8 pinned ones
+    assert student.last.in_channels == 8
+    assert student(images()).shape == (2, 10)
+    with pytest.raises(DegenerateArchitecture):
+        space.remove(space.shrink(space.teacher, ratios(space, free=0.5)), without(space, "free"))
 
 
-def test_auxiliary_heads_are_dropped_and_said_once() -> None:
-    net = torchvision.models.googlenet(num_classes=10, aux_logits=True, init_weights=False).eval()
-    space = ArchitectureSpace(net, torch.randn(1, 3, 64, 64))
-    (warning,) = space.warnings
-    assert "aux1" in warning
-    assert "aux2" in warning
-    with torch.no_grad():
-        x = torch.randn(2, 3, 64, 64)
+def test_an_untraceable_submodule_can_be_a_leaf() -> None:
+    net = Branching().eval()
+    space = ArchitectureSpace(net, images(), leaf=["branch"])
+    assert "branch" in [layer.name for layer in space.layers]
+    assert any("branch" in warning for warning in space.warnings)
+    for x in (images(), -images()):
         assert torch.equal(space.build(space.teacher)(x), net(x))
 
 
-def test_lazy_modules_are_initialised_by_the_example() -> None:
-    net = nn.Sequential(
-        nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(10)
-    )
-    space = ArchitectureSpace(net, images())
-    assert [layer.kind for layer in space.layers] == ["conv", "norm", "pool", "reshape", "linear"]
-    assert net(images()).shape == (2, 10)
-
-
-@pytest.mark.parametrize("name", ["weight_norm", "weight_norm_by_hook", "pruned", "spectral_norm"])
-def test_computed_weights_are_parameters_of_students_and_left_alone_in_the_teacher(name: str) -> None:
-    net = net_of(name)
-    before = {key: value.clone() for key, value in net.state_dict().items()}
-    space = ArchitectureSpace(net, images())
-    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    assert before.keys() == net.state_dict().keys()
-    assert set(space.build(space.teacher).operation.state_dict()) == {"weight", "bias"}
-
-
-@pytest.mark.parametrize("name", ["channel_last", "shuffled", *WRITTEN])
-def test_a_students_own_space_is_no_narrower(name: str) -> None:
-    """Stage 2 searches the space of stage 1's student."""
-    space = space_of(name) if name in WRITTEN else networks.space_of(name)
-    again = ArchitectureSpace(space.build(space.teacher), images())
-    assert again.teacher.params == space.teacher.params
-    assert again.choices(again.teacher) == space.choices(space.teacher)
-    assert again.layers == space.layers
+@pytest.mark.parametrize("leaf", ["0", "7", "15"])
+def test_a_leaf_with_weights_stays_whole_and_is_counted(leaf: str) -> None:
+    teacher = networks.make("chain")
+    space = ArchitectureSpace(teacher, images(), images(count=32), leaf=[leaf])
+    assert space.teacher.params == sum(p.numel() for p in teacher.parameters())
+    student = check_student(space, images(), seed=0)
+    assert student.get_submodule(leaf).weight.shape == teacher.get_submodule(leaf).weight.shape
 
 
 class SizeByNumber(Tail):
@@ -210,7 +148,7 @@ class SizeByNumber(Tail):
         return self.last(x.reshape(x.shape[0], 12, -1).view(x.shape))
 
 
-def test_a_size_written_as_a_number_is_held_where_it_cannot_follow() -> None:
+def test_a_size_written_as_a_number_pins_channels_where_it_cannot_follow() -> None:
     space = ArchitectureSpace(settle(SizeByNumber()), images())
     (warning,) = space.warnings
     assert "has sizes of its own" in warning

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from n2n_fast.cli import main
 from n2n_fast.files.errors import BadInput
-from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.architecture import Architecture
 from n2n_fast.search.checkpoint import RunDirectory
 
 UNHURRIED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]  # a busy machine is no fault

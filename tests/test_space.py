@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from n2n_fast import native
 from n2n_fast.files.errors import DegenerateArchitecture
-from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.networks.student import StudentFactory
 from networks import LARGE, SMALL, images, make, position, ratios, settle, space_of, teacher_of, without

@@ -7,19 +7,15 @@ import functools
 import os
 import random
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from n2n_fast.files.errors import DegenerateArchitecture
 from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.networks.student import slots_of
-from networks import settle
+from networks import check_student, kill_channels, settle
 
 pytestmark = pytest.mark.slow
 
@@ -89,37 +85,11 @@ class TestFamily:
     @given(seed=st.integers(0, 2**32 - 1))
     @settings(deadline=None, max_examples=2, derandomize=True)
     def test_students_are_what_was_foreseen(self, family: str, seed: int) -> None:
-        _, space = teacher_and_space(family)
-        x, rng = images(family), np.random.default_rng(seed)
-        keep = (rng.random(len(space.layers)) >= 0.2).tolist()
-        channels, kernels = (rng.uniform(0.1, 1, len(space.layers)).tolist() for _ in range(2))
-        try:
-            arch = space.shrink(space.remove(space.teacher, keep), channels, kernels)
-        except DegenerateArchitecture:
-            return
-        student = space.build(arch)
-        assert sum(p.numel() for p in student.parameters()) == arch.params
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            student(x[:1])
-        assert counter.get_total_flops() == 2 * arch.macs
-        student.train()(x).square().sum().backward()
-        assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
+        check_student(teacher_and_space(family)[1], images(family), seed)
 
     def test_dead_channels_are_dropped_without_loss(self, family: str) -> None:
-        teacher, x, rng = network(family), images(family), np.random.default_rng(0)
-        traced = ArchitectureSpace(teacher, x)._traced
-        # a channel of zeros that such a norm averages over counts in its mean: it is not dead
-        norms = [i for i, module in enumerate(traced.modules) if isinstance(module, (nn.LayerNorm, nn.GroupNorm))]
-        averaged = traced.occurrences[traced.in_axis[norms]].any(0)
-        left = [1.0] * len(traced.layers)
-        for g, units in enumerate(traced.units):
-            spare = len(units) // 3
-            if not traced.pinned[g] and not averaged[g] and traced.writers[g] and spare:
-                left[traced.writers[g][0]] = 1 - spare / len(units)
-                dead = rng.choice(units, spare, replace=False)
-                for slot in slots_of(traced):
-                    if slot.is_parameter:
-                        slot.tensor[torch.from_numpy(np.isin(traced.axes[slot.rows], dead))] = 0
+        teacher, x = network(family), images(family)
+        left = kill_channels(ArchitectureSpace(teacher, x)._traced, share=3)
         assert min(left) < 1
         space = ArchitectureSpace(teacher, x)
         with torch.no_grad():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from networks import Tail, conv_bn
+from networks import Tail, conv_bn, settle
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
@@ -68,6 +68,22 @@ class Selective(nn.Module):
         z = self.squeeze(both.sum(1).mean(-1).mean(-1))
         weights = torch.softmax(torch.stack([gate(z) for gate in self.gates], dim=1), dim=1)
         return (both * weights[:, :, :, None, None]).sum(1)
+
+
+class SplitAttention(nn.Module):
+    """Two halves of the channels, and a softmax between them (ResNeSt)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down, self.up = conv(12, 24), nn.Conv2d(12, 4, 1), nn.Conv2d(4, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.both(x))
+        n, c, h, w = x.shape
+        x = x.reshape(n, 2, c // 2, h, w)
+        gate = self.up(F.relu(self.down(x.sum(1).mean((2, 3), keepdim=True))))
+        gate = torch.softmax(gate.view(n, 1, 2, -1).transpose(1, 2), 1).reshape(n, 2, -1, 1, 1)
+        return (x * gate).sum(1)
 
 
 def ghost(net: Any, x: Tensor) -> Tensor:
@@ -165,6 +181,10 @@ WRITTEN: dict[str, Case] = {
     "linear_gate": operation(lambda: LinearGate(12), 12, "stem inner operation.fc.0 last"),
     "spatial_gate": operation(SpatialGate, exact=False),
     "selective": operation(lambda: Selective(12), 12, "stem inner operation.small operation.squeeze last"),
+    "split_attention": operation(SplitAttention, 12, "stem inner operation.both operation.down last"),
+    "sum_of_halves": function(lambda x: x.view(x.shape[0], 2, x.shape[1] // 2, 16, 16).sum(1), 6),
+    "tensor_split": function(lambda x: torch.sub(*[torch.tensor_split(x, 2, 1)[i] for i in (0, 1)]), 6),
+    "uneven_split": function(lambda x: torch.cat([torch.split(x, [4, 2, 6], 1)[i] for i in (2, 0, 1)], 1)),
     "ghost": case(ghost, "stem made last", made=lambda: conv(8, 6, 1), cheap=lambda: conv(6, 6, groups=6),
                   last=lambda: conv(8, 8)),
     "partial": case(partial, inner=lambda: conv(2, 2), last=lambda: conv(8, 8)),
@@ -212,6 +232,7 @@ WRITTEN: dict[str, Case] = {
     # held at full width, and said so
     "local_response_norm": operation(lambda: nn.LocalResponseNorm(3), 12, "stem last", "LocalResponseNorm"),
     "gated_linear_unit": function(lambda x: F.glu(x, 1), 6, "stem last", "glu is not understood"),
+    "split_without_end": function(lambda x: torch.cat(torch.split(x, 4, dim=1)[::-1], 1), 12, "stem last", "cat"),
     "reversed": function(lambda x: x.flip(1), 12, "stem last", "flip is not understood"),
     "across_channels": case(lambda net, x: x * net.inner(x.mean((2, 3)).unsqueeze(1)).transpose(1, 2).unsqueeze(-1),
                             "", "Conv1d runs across channels", inner=lambda: nn.Conv1d(1, 1, 3, padding=1)),
@@ -219,3 +240,10 @@ WRITTEN: dict[str, Case] = {
                                 attention=lambda: nn.MultiheadAttention(8, 2, batch_first=True),
                                 last=lambda: conv(8, 8)),
 }  # fmt: skip
+
+
+def net_of(name: str) -> nn.Module:
+    """A net of WRITTEN, the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return settle(WRITTEN[name].make())

@@ -52,7 +52,7 @@ from torch import nn
 import n2n_fast
 from n2n_fast import SearchConfig
 from n2n_fast.files.errors import DegenerateArchitecture
-from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.architecture import Architecture
 from n2n_fast.search.config import PAPER
 from n2n_fast.search.evaluation import Evaluator
 from n2n_fast.search.teacher import restored

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from n2n_fast.cli.export import Exported
-from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search.plan import Plan
 

@@ -19,8 +19,9 @@ from torch import Tensor, fx, nn
 
 from n2n_fast import native
 from n2n_fast.files.errors import BadInput, DegenerateArchitecture
-from n2n_fast.networks.channels import BATCH_NORMS, CONVS
-from n2n_fast.networks.graph import Architecture, TracedTeacher
+from n2n_fast.networks.architecture import Architecture
+from n2n_fast.networks.graph import TracedTeacher
+from n2n_fast.networks.kinds import BATCH_NORMS, CONVS
 from n2n_fast.networks.products import as_products
 
 RIDGE = 1e-5  # ε of the teacher's own moments, in units of the mean variance of y

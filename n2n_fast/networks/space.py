@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from n2n_fast.files.errors import BadInput, DegenerateArchitecture
+from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.fitting import Calibration
-from n2n_fast.networks.graph import KINDS, Architecture, Layer, TracedTeacher, crop, smallest_kernel
+from n2n_fast.networks.graph import TracedTeacher
+from n2n_fast.networks.kinds import KINDS, crop, smallest_kernel
+from n2n_fast.networks.layers import Layer
 from n2n_fast.networks.student import StudentFactory, l1_saliency, randomize
 
 INITS = ("fitted", "sliced", "random")

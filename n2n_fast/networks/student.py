@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 
 from n2n_fast import native
 from n2n_fast.files.errors import raise_device_fault
-from n2n_fast.networks.channels import CONVS, NORMS, TRANSPOSED
-from n2n_fast.networks.graph import Architecture, TracedTeacher, kernel_size
+from n2n_fast.networks.architecture import Architecture
+from n2n_fast.networks.graph import TracedTeacher
+from n2n_fast.networks.kinds import CONVS, NORMS, TRANSPOSED, kernel_size
 from n2n_fast.networks.tracing import bare_copy, shallow_copy
 
 

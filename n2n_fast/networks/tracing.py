@@ -1,9 +1,14 @@
 """A teacher as an fx graph: traced once, without in-place operators, its tensors' shapes known."""
 
 import contextlib
+import importlib
+import inspect
 import operator
+import re
+import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,18 +45,18 @@ class ChannelScale(nn.Module):
         return x * self.weight.view(self.view)
 
 
-def is_dropout(module: nn.Module) -> bool:
-    """Whether a module drops out in training and does nothing in evaluation."""
-    named = any(kind.__module__ == STOCHASTIC_DEPTH for kind in type(module).__mro__)
-    return named or isinstance(module, nn.modules.dropout._DropoutNd)
-
-
 class ChannelShift(ChannelScale):
     """x plus a number for each channel."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, ...), with the channels where the shift has them."""
         return x + self.weight.view(self.view)
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Whether a module drops out in training and does nothing in evaluation."""
+    named = any(kind.__module__ == STOCHASTIC_DEPTH for kind in type(module).__mro__)
+    return named or isinstance(module, nn.modules.dropout._DropoutNd)
 
 
 class _Proxy(fx.Proxy):
@@ -110,19 +115,17 @@ def trace(teacher: nn.Module, example: Tensor, leaf: Iterable[str] = ()) -> fx.G
             graph = tracer.trace(teacher)
     except Exception as error:  # noqa: BLE001 - the user's own forward may raise anything
         raise_device_fault(error)
-        where = tracer.inside[-1] if tracer.inside else ""
-        advice = (
-            f"name {where!r} as `leaf`" if where else "put what branches on data in a submodule, and name it as `leaf`"
-        )
-        raise BadInput(
-            f"the teacher's forward cannot be traced{f' in {where!r}' if where else ''} "
-            f"({first_line(error)}, {_origin(error)}); {advice}"
-        ) from None
+        where, advice = "", "put what branches on data in a submodule, and name it as `leaf`"
+        if tracer.inside:
+            where, advice = f" in {tracer.inside[-1]!r}", f"name {tracer.inside[-1]!r} as `leaf`"
+        reason = f"{first_line(error)}, {_origin(error)}"
+        raise BadInput(f"the teacher's forward cannot be traced{where} ({reason}); {advice}") from None
     traced = fx.GraphModule(teacher, graph)
     with torch.no_grad(), evaluating(teacher):
         for name in {str(node.target) for node in graph.nodes if node.op == "call_module"}:
-            set_submodule(traced, name, _plain(traced.get_submodule(name)))
-    _give_logits(traced)
+            traced.set_submodule(name, _plain(traced.get_submodule(name)))
+    output = traced.graph.output_node()
+    output.args = (logits_of(output.args[0]),)
     _rewrite_in_place(traced)
     _make_dropouts_modules(traced)
     _make_scales_modules(traced)
@@ -179,20 +182,10 @@ def logits_of(output: Any) -> Any:
     return output
 
 
-def _give_logits(traced: fx.GraphModule) -> None:
-    (output,) = (node for node in traced.graph.nodes if node.op == "output")
-    output.args = (logits_of(output.args[0]),)
-
-
 def _origin(error: Exception) -> str:
     """File name and line of the innermost frame outside torch that led to the error."""
-    place, step = "unknown line", error.__traceback__
-    while step is not None:
-        path = step.tb_frame.f_code.co_filename
-        if "/torch/" not in path and "/n2n_fast/" not in path:
-            place = f"{path.rsplit('/', 1)[-1]}:{step.tb_lineno}"
-        step = step.tb_next
-    return place
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not re.search("/torch/|/n2n_fast/", f.filename)]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown line"
 
 
 def _rewrite_in_place(traced: fx.GraphModule) -> None:
@@ -228,20 +221,22 @@ def _become_out_of_place(node: fx.Node, modules: set[str]) -> bool:
 
 def _make_dropouts_modules(traced: fx.GraphModule) -> None:
     """Functional dropout was traced for evaluation, hence for good; as modules, students drop out in training."""
-    kinds = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
+    kinds: dict[Any, type] = {F.dropout: nn.Dropout}
+    kinds |= {F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d}
     for node in traced.graph.nodes:
-        if node.op == "call_function" and node.target in kinds and isinstance(node.args[0], fx.Node):
-            probability = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
-            name = f"functional_{node.name}"
-            traced.add_submodule(name, kinds[node.target](probability).eval())
-            node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
-        if node.op == "call_function" and getattr(node.target, "__module__", None) == STOCHASTIC_DEPTH:
-            from torchvision.ops import StochasticDepth
-
-            given, probability, mode = (*node.args, *node.kwargs.values())[:3]
-            name = f"functional_{node.name}"
-            traced.add_submodule(name, StochasticDepth(float(probability), str(mode)).eval())
-            node.op, node.target, node.args, node.kwargs = "call_module", name, (given,), {}
+        if node.op != "call_function":
+            continue
+        if node.target in kinds:
+            make, names = kinds[node.target], ["p"]
+        elif getattr(node.target, "__module__", None) == STOCHASTIC_DEPTH:
+            make, names = importlib.import_module(STOCHASTIC_DEPTH).StochasticDepth, ["p", "mode"]
+        else:
+            continue
+        call = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+        call.apply_defaults()
+        if isinstance(call.arguments["input"], fx.Node):
+            layer = make(*(call.arguments[name] for name in names)).eval()
+            _become_layer(traced, node, f"functional_{node.name}", layer, call.arguments["input"])
 
 
 def _make_scales_modules(traced: fx.GraphModule) -> None:
@@ -261,11 +256,16 @@ def _make_scales_modules(traced: fx.GraphModule) -> None:
         scale = getattr(owner, name)
         if not isinstance(scale, nn.Parameter) or scale.numel() != max(scale.shape, default=0) or scale.numel() < 2:
             continue
-        layer = f"{path}.{name}_of_channels".lstrip(".")
-        traced.add_submodule(layer, kinds[node.target](scale))
         delattr(owner, name)
-        node.op, node.target, node.args, node.kwargs = "call_module", layer, (others[0],), {}
+        path = f"{path}.{name}_of_channels".lstrip(".")
+        _become_layer(traced, node, path, kinds[node.target](scale), others[0])
         traced.graph.erase_node(scales[0])
+
+
+def _become_layer(traced: fx.GraphModule, node: fx.Node, path: str, layer: nn.Module, source: fx.Node) -> None:
+    """Let a node call a new layer on what `source` gives."""
+    traced.add_submodule(path, layer)
+    node.op, node.target, node.args, node.kwargs = "call_module", path, (source,), {}
 
 
 def _erase_identities(traced: fx.GraphModule) -> None:
@@ -310,12 +310,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` where `path` leads in `root`."""
-    parent, _, name = path.rpartition(".")
-    root.get_submodule(parent)._modules[name] = module
 
 
 class _Values(fx.Interpreter):
@@ -367,6 +361,5 @@ def _alike(expected: Tensor, got: Any) -> bool:
     if not isinstance(got, Tensor) or got.shape != expected.shape:
         return False
     eps = torch.finfo(expected.dtype).eps if expected.is_floating_point() else 0.0
-    expected, got = expected.float(), got.float()
-    allowed = max(ROUNDING, 4 * eps) * expected.abs().amax() if expected.numel() else 0.0
-    return bool(((expected - got).abs() <= allowed).all())
+    allowed = max(ROUNDING, 4 * eps) * float(expected.float().abs().max()) if expected.numel() else 0.0
+    return torch.allclose(got.float(), expected.float(), rtol=0, atol=allowed)

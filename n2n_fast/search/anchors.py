@@ -7,7 +7,7 @@ taken from where the policy is, every few updates.
 import torch
 from torch import Tensor
 
-from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.architecture import Architecture
 from n2n_fast.search.config import STAGES
 from n2n_fast.search.policies import clone_behaviour
 from n2n_fast.search.stage import Anchor, Stage

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from n2n_fast.files.errors import first_line
 from n2n_fast.files.states import on_cpu
-from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.products import as_products
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search.config import SearchConfig

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from n2n_fast.files.errors import BadInput, DegenerateArchitecture
-from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search.config import STAGES, SearchConfig
 from n2n_fast.search.evaluation import Evaluation, Evaluator

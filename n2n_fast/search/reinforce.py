@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from n2n_fast.files.errors import BadInput, DegenerateArchitecture, telling_device_faults
 from n2n_fast.files.safe_load import understood
-from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.architecture import Architecture
 from n2n_fast.search.anchors import train_anchors, warm_start
 from n2n_fast.search.checkpoint import CHECKPOINT, RunDirectory, read_state
 from n2n_fast.search.config import STAGES, SearchConfig

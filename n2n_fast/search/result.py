@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from n2n_fast.files.errors import BadInput, first_line, raise_device_fault
 from n2n_fast.files.safe_pt2 import read_student
-from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.networks.student import independent_copy
 from n2n_fast.search.pareto import Point, front

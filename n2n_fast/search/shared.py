@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from n2n_fast.files.safe_load import parse_json, understood
 from n2n_fast.files.states import checked
-from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search.checkpoint import CHECKPOINT, RunDirectory
 from n2n_fast.search.config import STAGES, SearchConfig

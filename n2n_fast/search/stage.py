@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from n2n_fast.files.errors import DegenerateArchitecture, first_line
 from n2n_fast.files.safe_load import parse_json, understood
 from n2n_fast.files.states import checked, load_finite, load_optimizer
-from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search.checkpoint import CHECKPOINT
 from n2n_fast.search.config import STAGES

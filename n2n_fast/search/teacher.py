@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from n2n_fast.files.errors import BadInput
 from n2n_fast.files.states import load_finite
-from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.networks.tracing import run
 from n2n_fast.search.config import SearchConfig

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search.config import SearchConfig
 

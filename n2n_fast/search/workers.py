@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from n2n_fast.files.errors import BadInput, DeviceFault, device_fault, first_line, raise_device_fault
-from n2n_fast.networks.graph import Architecture
+from n2n_fast.networks.architecture import Architecture
 from n2n_fast.search.evaluation import Evaluation, Evaluator, Recipe
 
 TRIES = 2  # of a student whose evaluation fails by itself
