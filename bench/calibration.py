@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import n2n_fast
-from n2n_fast.training import teachers
+from n2n_fast.training import teacher_files, teachers
 from n2n_fast.training.batches import Batches, TeacherLogits
 from n2n_fast.training.data import accuracy
 from n2n_fast.training.distill import recalibrate, train
@@ -94,7 +94,7 @@ def main():
     parser.add_argument("--trained-seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "calibration")
     options = parser.parse_args()
-    model = teachers.load_teacher(options.teacher)
+    model = teacher_files.load_teacher(options.teacher)
     data = n2n_fast.load(options.data, channels=teachers.input_channels(model))
     keys = [(sliced, steps) for sliced in (False, True) for steps in STEPS if steps]
     rates = dict(zip(keys, options.rates, strict=True))

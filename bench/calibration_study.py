@@ -18,7 +18,7 @@ from calibration import BATCH, IMAGES, trainings, without_firsts
 
 import n2n_fast
 from n2n_fast.networks import fitting
-from n2n_fast.training import teachers
+from n2n_fast.training import teacher_files, teachers
 from n2n_fast.training.batches import TeacherLogits
 from n2n_fast.training.data import accuracy
 from n2n_fast.training.distill import Diverged, recalibrate, train
@@ -28,7 +28,7 @@ class Bench:
     """One teacher, its data, and the students that every study looks at."""
 
     def __init__(self, path, spec, seeds):
-        self.model = teachers.load_teacher(path)
+        self.model = teacher_files.load_teacher(path)
         self.data = n2n_fast.load(spec, channels=teachers.input_channels(self.model))
         self.validation = self.data.validation.subset(torch.arange(2000))
         self.seeds = range(seeds)

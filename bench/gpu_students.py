@@ -16,7 +16,7 @@ import n2n_fast
 from n2n_fast import SearchConfig
 from n2n_fast.networks.products import as_products
 from n2n_fast.search.evaluation import NOT_FINITE, Recipe
-from n2n_fast.training import teachers
+from n2n_fast.training import teacher_files, teachers
 from n2n_fast.training.clock import now
 from n2n_fast.training.data import accuracy
 from n2n_fast.training.distill import Replayed, TrainingStep, seeded, train
@@ -75,13 +75,13 @@ def teacher_file(run):
 
 
 def params_of(file):
-    return sum(p.numel() for p in teachers.load_teacher(file).parameters())
+    return sum(p.numel() for p in teacher_files.load_teacher(file).parameters())
 
 
 def evaluator_of(run):
     """What evaluates students of the teacher's whole space."""
     data = images_of(run)
-    model = teachers.load_teacher(teacher_file(run)).eval().to(run.device)
+    model = teacher_files.load_teacher(teacher_file(run)).eval().to(run.device)
     config = SearchConfig(**run.size.search)
     index = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: config.calibration_images]
     return Recipe("shrinkage", model, data, data.train.batch(index.to(run.device))[0], config)()

@@ -7,12 +7,10 @@ prints a line of JSON for each: exit code, stderr, seconds of the processor, pea
 import collections
 import contextlib
 import io
-import itertools
 import json
 import os
 import pickle
 import resource
-import shutil
 import signal
 import struct
 import sys
@@ -28,6 +26,7 @@ import numpy as np
 import torch
 
 Files = dict[str, bytes]
+Cases = Iterator[tuple[str, Any]]  # by name what to write, or what to change
 ADDRESS_SPACE = 16 << 30  # that a bomb at most takes before it is refused memory
 MOST_SECONDS = 15  # of the processor, that one command gets
 
@@ -80,16 +79,15 @@ def replaced(content: bytes, old: bytes, new: bytes) -> bytes:
     return changed(content, "data.pkl", lambda data: data.replace(old, new))
 
 
-def raw_archive(*parts: tuple[str, bytes, int, int]) -> bytes:
-    """A zip of members (name, data as it is stored, method, size that it claims to unpack to)."""
-    local = central = b""
-    for name, data, method, size in parts:
-        fields = struct.pack("<HHHHHIII", 20, 0, method, 0, 33, 0, len(data), size)
-        central += b"PK\1\2" + struct.pack("<H", 20) + fields
-        central += struct.pack("<HHHHHII", len(name), 0, 0, 0, 0, 0, len(local)) + name.encode()
-        local += b"PK\3\4" + fields + struct.pack("<HH", len(name), 0) + name.encode() + data
-    end = struct.pack("<HHHHIIH", 0, 0, len(parts), len(parts), len(central), len(local), 0)
-    return local + central + b"PK\5\6" + end
+def lying_archive(*parts: tuple[str, bytes, int, int]) -> bytes:
+    """A zip of members (name, data as it is stored, method, size that its directory claims)."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data, method, size in parts:
+            archive.writestr(name, data)
+            info = archive.getinfo(name)
+            info.compress_type, info.file_size = method, size
+    return file.getvalue()
 
 
 def zeros_deflated(size: int, before: bytes = b"") -> bytes:
@@ -100,11 +98,8 @@ def zeros_deflated(size: int, before: bytes = b"") -> bytes:
     return start + block * (size >> 20) + packer.flush()
 
 
-def truncations(content: bytes) -> Iterator[tuple[str, bytes]]:
-    for exponent in itertools.count():
-        if 1 << exponent >= len(content):
-            return
-        yield f"first {1 << exponent} bytes", content[: 1 << exponent]
+def truncations(content: bytes) -> Files:
+    return {f"first {1 << n} bytes": content[: 1 << n] for n in range((len(content) - 1).bit_length())}
 
 
 # Files of torch.save, whatever they are meant to be
@@ -112,30 +107,24 @@ def truncations(content: bytes) -> Iterator[tuple[str, bytes]]:
 
 def torch_files(good: bytes, marker: Path) -> Files:
     """good: a file as it should be."""
-    return {
-        **dict(torch_code(marker)),
-        **torch_bombs(good),
-        **torch_damage(good),
-        **dict(truncations(good)),
-    }
+    return {**torch_code(marker), **torch_bombs(good), **torch_damage(good), **truncations(good)}
 
 
-def torch_code(marker: Path) -> Iterator[tuple[str, bytes]]:
+def torch_code(marker: Path) -> Files:
     evil = payload(marker)
     script = f"open({str(marker)!r}, 'w')"
-    for protocol in (0, 1, 2, 4, 5):
-        yield f"os.system, pickle protocol {protocol}", pickle.dumps(evil, protocol)
-    yield "eval", pickle.dumps(Call(eval, script))
-    yield "exec by INST", f"(S{script!r}\nibuiltins\nexec\n.".encode()
-    yield "os.system in a torch zip", saved({"weight": evil})
-    yield "os.system deep in a torch zip", saved({"a": [({"b": collections.OrderedDict(c=evil)},)]})
-    yield "os.system beside tensors", saved({"weight": torch.zeros(2), "bias": torch.zeros(2), "x": evil})
-    yield "eval as a key's value", saved({"model": Call(eval, script)})
-    yield "torch.load of another file", saved({"a": Call(torch.load, str(marker))})
-    yield "getattr", saved({"a": Call(getattr, Call(__import__, "os"), "system")})
-    yield "os.system, torch < 1.6", saved({"a": evil}, _use_new_zipfile_serialization=False)
-    yield "a whole module", saved(torch.nn.Linear(2, 2))
-    yield "numpy object array", saved({"a": np.array([evil], dtype=object)})
+    return {
+        **{f"os.system, pickle protocol {protocol}": pickle.dumps(evil, protocol) for protocol in (0, 1, 2, 4, 5)},
+        "eval": pickle.dumps(Call(eval, script)),
+        "exec by INST": f"(S{script!r}\nibuiltins\nexec\n.".encode(),
+        "os.system deep in a torch zip": saved({"a": [({"b": collections.OrderedDict(c=evil)},)]}),
+        "os.system beside tensors": saved({"weight": torch.zeros(2), "x": evil}),
+        "torch.load of another file": saved({"a": Call(torch.load, str(marker))}),
+        "getattr": saved({"a": Call(getattr, Call(__import__, "os"), "system")}),
+        "os.system, torch < 1.6": saved({"a": evil}, _use_new_zipfile_serialization=False),
+        "a whole module": saved(torch.nn.Linear(2, 2)),
+        "numpy object array": saved({"a": np.array([evil], dtype=object)}),
+    }
 
 
 def torch_bombs(good: bytes) -> Files:
@@ -148,16 +137,14 @@ def torch_bombs(good: bytes) -> Files:
         laughs = [laughs, laughs]
     deflated = zeros_deflated(4_000_000_000)
     return {
-        "deflated 4 GB": raw_archive(("archive/data.pkl", deflated, zipfile.ZIP_DEFLATED, 4_000 << 20)),
-        "stored, claims 4 GB": raw_archive(("archive/data.pkl", b"x" * 64, zipfile.ZIP_STORED, 4_000_000_000)),
+        "deflated 4 GB": lying_archive(("archive/data.pkl", deflated, zipfile.ZIP_DEFLATED, 4_000 << 20)),
+        "stored, claims 4 GB": lying_archive(("archive/data.pkl", b"x" * 64, zipfile.ZIP_STORED, 4_000_000_000)),
         "whole file deflated": archived(members(good), zipfile.ZIP_DEFLATED),
-        "whole file by lzma": archived(members(good), zipfile.ZIP_LZMA),
         "storage of 2**40 in 16 bytes": replaced(four, storage, huge + storage[2:]),
         "tensor of 2**40 in 16 bytes": replaced(four, *wide),
         "both of 2**40 in 16 bytes": replaced(replaced(four, storage, huge + storage[2:]), *wide),
         "tensor of -4": replaced(four, b"K\x04\x85", b"\x8a\x01\xfc\x85"),
         "offset of 2**40": replaced(four, b"QK\x00K\x04", b"Q" + huge + b"K\x04"),
-        "expanded to 2**40": saved({"a": torch.zeros(1).expand(2**40)}),
         "expanded to 2**20 x 2**20": saved({"conv1.weight": torch.zeros(1, 1).expand(2**20, 2**20)}),
         "sparse of 2**40": saved({"a": torch.sparse_coo_tensor(torch.zeros(1, 1).long(), torch.ones(1), (2**40,))}),
         "meta of 2**40": saved({"a": torch.empty(2**40, device="meta")}),
@@ -174,9 +161,7 @@ def torch_damage(good: bytes) -> Files:
     parts = members(good)
     return {
         "empty": b"",
-        "text": b"no network\n",
         "png": b"\x89PNG\r\n\x1a\n" + bytes(100),
-        "gzip": b"\x1f\x8b\x08" + bytes(100),
         "zip magic alone": b"PK\3\4" + bytes(100),
         "zip without a pickle": archived({"archive/readme": b"nothing"}),
         "zip of nothing": archived({}),
@@ -206,7 +191,7 @@ def teachers(state: dict[str, torch.Tensor], marker: Path) -> Files:
 
     weight, name = state["fc.weight"], "conv1__weight"
     return {
-        **{f"{kind}": content for kind, content in torch_files(saved(state), marker).items()},
+        **torch_files(saved(state), marker),
         "NaN": with_(fc__bias=torch.full((10,), float("nan"))),
         "infinite": with_(fc__bias=torch.full((10,), float("inf"))),
         "complex": with_(fc__weight=weight.to(torch.complex64)),
@@ -256,13 +241,13 @@ def data_sets(marker: Path) -> Files:
     good = npz(x=images, y=labels)
     header = npy((62_500_000, 8, 8))
     zeros = zeros_deflated(4 << 30, header)
-    bomb = raw_archive(
+    bomb = lying_archive(
         ("x.npy", zeros, zipfile.ZIP_DEFLATED, 4_000_000_000 + len(header)),
         ("y.npy", npy((62_500_000,)), zipfile.ZIP_STORED, len(npy((62_500_000,)))),
     )
     bzip2 = raw(npy((4_000_000, 8, 8), bytes(256_000_000)), compression=zipfile.ZIP_BZIP2)
     return {
-        **dict(truncations(good)),
+        **truncations(good),
         "objects that run code": npz(x=evil, y=labels),
         "labels that run code": npz(x=images, y=evil),
         "a bare pickle": pickle.dumps(payload(marker)),
@@ -330,10 +315,10 @@ def students(good: bytes, marker: Path) -> Files:
     deep = b"[" * 100_000 + b"]" * 100_000
     return {
         **{f"as a whole: {name}": content for name, content in torch_damage(good).items() if name not in _OF_TENSORS},
-        **dict(truncations(good)),
-        **{f"as a whole: {name}": content for name, content in torch_code(marker)},
+        **truncations(good),
+        **{f"as a whole: {name}": content for name, content in torch_code(marker).items()},
         "whole file deflated": archived(parts, zipfile.ZIP_DEFLATED),
-        "deflated 4 GB": raw_archive((f"{top}/x", zeros_deflated(4_000_000_000), zipfile.ZIP_DEFLATED, 4_000 << 20)),
+        "deflated 4 GB": lying_archive((f"{top}/x", zeros_deflated(4_000_000_000), zipfile.ZIP_DEFLATED, 4_000 << 20)),
         "sample inputs that run code": changed(good, "sample_inputs/model.pt", lambda _: evil),
         "old weights that run code": archived({**parts, f"{top}/data/weights/model.pt": evil}),
         "old constants that run code": archived({**parts, f"{top}/data/constants/model.pt": evil}),
@@ -415,7 +400,7 @@ def _calls(program: dict[str, Any]) -> list[Any]:
     return program["graph_module"]["module_call_graph"]
 
 
-def configurations(marker: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def configurations() -> Cases:
     """What to change in the data of a run's config.json."""
     for name, values in {
         "name": (3, None, ["digits"], "nothing", "npz:/dev/null"),
@@ -431,107 +416,100 @@ def configurations(marker: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 # Runs that were cut off
 
 
-def checkpoints(held: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """held: the checkpoint of a run in its first stage."""
-    stage = held["stage"]
-    wrong: tuple[Any, ...] = ("text", {"a": 3}, torch.zeros(2))
-
-    def of_stage(**fields: Any) -> dict[str, Any]:
-        return {**held, "stage": {**stage, **fields}}
-
-    for name in held:
-        yield f"without {name}", {key: value for key, value in held.items() if key != name}
-        for value in wrong:
-            yield f"{name} of {str(value)[:9]}", {**held, name: value}
-    for name in stage:
-        if name != "name":
-            yield f"stage without {name}", {**held, "stage": {k: v for k, v in stage.items() if k != name}}
-            for value in wrong[:1] if name in ("evaluated", "generator") else wrong[1:]:
-                yield f"stage's {name} of {str(value)[:9]}", of_stage(**{name: value})
-    yield "history of 2**70", {**held, "history": 2**70}
-    yield "NaN in the policy", of_stage(policy={k: v * float("nan") for k, v in stage["policy"].items()})
-    yield "a policy of complex", of_stage(policy={k: v.to(torch.complex64) for k, v in stage["policy"].items()})
-    yield "NaN for a baseline", of_stage(baseline=float("nan"))
-    yield "a generator of zeros", of_stage(generator=torch.zeros_like(stage["generator"])[:-1])
-    yield "an optimizer of others", of_stage(optimizer={"state": {}, "param_groups": [{"params": [0]}]})
-    yield "optimizer states of other shapes", of_stage(optimizer=_misshaped(stage["optimizer"]))
-    for kind, change in ARCHITECTURES.items():
-        evaluated = json.loads(stage["evaluated"])
-        change(evaluated[0][0])
-        yield f"an architecture {kind}", of_stage(evaluated=json.dumps(evaluated))
-    for kind, fields in EVALUATIONS.items():
-        evaluated = json.loads(stage["evaluated"])
-        evaluated[0][1].update(fields)
-        yield f"an evaluation {kind}", of_stage(evaluated=json.dumps(evaluated))
-    yield "evaluations nested deep", of_stage(evaluated="[" * 100_000)
-    yield "a student that nobody knows", of_stage(finals=[["0" * 12, 0.5, {}]])
-    yield "an anchor that nobody knows", of_stage(anchors=[["0" * 12, 0.5, None]])
-    yield "a stage done of nothing", {**held, "finished": [{}]}
-    yield "a stage done of numbers", {**held, "finished": [dict.fromkeys(DONE, 3)]}
-    yield "a stage done of text", {**held, "finished": [dict.fromkeys(DONE, "[]")]}
-    nothing = {"architecture": "{}", "student": {}, "policy": {}, "accuracies": [], "points": "[]"}
-    yield "a stage done without a student", {**held, "stage": None, "finished": [{"name": "removal", **nothing}]}
-    yield "a stage that another search has", {**held, "stage": None, "finished": [{"name": "third", **nothing}]}
-    yield "a stage at hand that is done", {**held, "finished": [{"name": "removal", **nothing}]}
-    yield "accuracies of text", {**held, "finished": [{"name": "removal", **nothing, "accuracies": [["1", "2"]]}]}
-    yield "points of another form", {**held, "finished": [{"name": "removal", **nothing, "points": "[{}]"}]}
+def mutations(good: dict[str, Any], values: tuple[Any, ...]) -> Cases:
+    """Each entry left out, and of each of these values."""
+    for name in good:
+        yield f"without {name}", {key: value for key, value in good.items() if key != name}
+        for value in values:
+            yield f"{name} of {str(value)[:9]!r}", {**good, name: value}
 
 
-DONE = ("name", "architecture", "student", "policy", "accuracies", "points")
-ARCHITECTURES: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "of fewer layers": lambda arch: arch["keep"].pop(),
-    "of more groups": lambda arch: arch["widths"].append(3),
-    "of wider groups": lambda arch: arch.update(widths=[9 * n for n in arch["widths"]]),
-    "of no width": lambda arch: arch.update(widths=[0 for _ in arch["widths"]]),
-    "of 2**80 channels": lambda arch: arch.update(widths=[2**80 for _ in arch["widths"]]),
-    "of large kernels": lambda arch: arch.update(kernels=[[n + 2 for n in size] for size in arch["kernels"]]),
-    "of no kernels": lambda arch: arch.update(kernels=[[] for _ in arch["kernels"]]),
-    "without its fixed layers": lambda arch: arch.update(keep=[False for _ in arch["keep"]]),
-    "of other params": lambda arch: arch.update(params=1),
-    "of negative MACs": lambda arch: arch.update(macs=-1),
-    "of text": lambda arch: arch.update(keep="text"),
-    "with a field more": lambda arch: arch.update(more=1),
-}
-EVALUATIONS: dict[str, dict[str, Any]] = {
-    "of NaN": {"short_accuracy": float("nan")},
-    "of 7": {"short_accuracy": 7.0},
-    "of text": {"short_accuracy": "good"},
-    "of nothing": {"short_accuracy": None},
-    "of negative seconds": {"seconds": {"build": -1}},
-    "of a list": {"seconds": [1]},
-    "of another field": {"more": 1},
-}
+def checkpoints(good: dict[str, Any]) -> Cases:
+    """good: the checkpoint of a run in its first stage."""
+    wrong = ("text", {"a": 3}, torch.zeros(2))
+    stage = good["stage"]
+    yield from mutations(good, wrong)
+    for name, case in mutations({key: value for key, value in stage.items() if key != "name"}, wrong):
+        yield f"stage {name}", {**good, "stage": {"name": stage["name"], **case}}
+    for name, changed in _stages(stage):
+        yield name, {**good, "stage": {**stage, **changed}}
+    for name, changed in _finished():
+        yield name, {**good, **changed}
 
 
-def _misshaped(optimizer: dict[str, Any]) -> dict[str, Any]:
+def _stages(stage: dict[str, Any]) -> Cases:
+    """What to change in the stage of a checkpoint."""
+    policy = stage["policy"]
+    yield "NaN in the policy", {"policy": {k: v * float("nan") for k, v in policy.items()}}
+    yield "a policy of complex", {"policy": {k: v.to(torch.complex64) for k, v in policy.items()}}
+    yield "NaN for a baseline", {"baseline": float("nan")}
+    yield "a generator of zeros", {"generator": torch.zeros_like(stage["generator"])[:-1]}
+    yield "an optimizer of others", {"optimizer": {"state": {}, "param_groups": [{"params": [0]}]}}
     state = {
         number: {name: value if value.ndim == 0 else torch.zeros(2) for name, value in tensors.items()}
-        for number, tensors in optimizer["state"].items()
+        for number, tensors in stage["optimizer"]["state"].items()
     }
-    return {**optimizer, "state": state}
+    yield "optimizer states of other shapes", {"optimizer": {**stage["optimizer"], "state": state}}
+    for kind, change in {**ARCHITECTURES, **EVALUATIONS}.items():
+        evaluated = json.loads(stage["evaluated"])
+        change(evaluated[0][kind in EVALUATIONS])  # a pair: the architecture, its evaluation
+        yield kind, {"evaluated": json.dumps(evaluated)}
+    yield "evaluations nested deep", {"evaluated": "[" * 100_000}
+    yield "a student that nobody knows", {"finals": [["0" * 12, 0.5, {}]]}
+    yield "an anchor that nobody knows", {"anchors": [["0" * 12, 0.5, None]]}
 
 
-def trainings(held: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """held: a training.pt."""
-    state = held["state"]
-    for name in state:
-        yield f"without {name}", {**held, "state": {k: v for k, v in state.items() if k != name}}
-        for value in (-1, {"a": 3}):
-            yield f"{name} of {value}", {**held, "state": {**state, name: value}}
-    yield "a state of text", {**held, "state": "text"}
-    yield (
-        "optimizer states of other shapes",
-        {
-            **held,
-            "state": {**state, "optimizer": {**state["optimizer"], "state": {0: {"momentum_buffer": torch.zeros(2)}}}},
-        },
-    )
+def _finished() -> Cases:
+    """What to change in a checkpoint beside its stage."""
+    removal = {"name": "removal", "architecture": "{}", "student": {}, "policy": {}, "accuracies": [], "points": "[]"}
+    yield "history of 2**70", {"history": 2**70}
+    yield "a stage done of nothing", {"finished": [{}]}
+    yield "a stage done of numbers", {"finished": [dict.fromkeys(removal, 3)]}
+    yield "a stage done of text", {"finished": [dict.fromkeys(removal, "[]")]}
+    yield "a stage done without a student", {"stage": None, "finished": [removal]}
+    yield "a stage that another search has", {"stage": None, "finished": [{**removal, "name": "third"}]}
+    yield "a stage at hand that is done", {"finished": [removal]}
+    yield "accuracies of text", {"finished": [{**removal, "accuracies": [["1", "2"]]}]}
+    yield "points of another form", {"finished": [{**removal, "points": "[{}]"}]}
+
+
+ARCHITECTURES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "an architecture of fewer layers": lambda arch: arch["keep"].pop(),
+    "an architecture of more groups": lambda arch: arch["widths"].append(3),
+    "an architecture of wider groups": lambda arch: arch.update(widths=[9 * n for n in arch["widths"]]),
+    "an architecture of no width": lambda arch: arch.update(widths=[0 for _ in arch["widths"]]),
+    "an architecture of 2**80 channels": lambda arch: arch.update(widths=[2**80 for _ in arch["widths"]]),
+    "an architecture of large kernels": lambda arch: arch.update(kernels=[[n + 2 for n in k] for k in arch["kernels"]]),
+    "an architecture of no kernels": lambda arch: arch.update(kernels=[[] for _ in arch["kernels"]]),
+    "an architecture without its fixed layers": lambda arch: arch.update(keep=[False for _ in arch["keep"]]),
+    "an architecture of other params": lambda arch: arch.update(params=1),
+    "an architecture of negative MACs": lambda arch: arch.update(macs=-1),
+    "an architecture of text": lambda arch: arch.update(keep="text"),
+    "an architecture with a field more": lambda arch: arch.update(more=1),
+}
+EVALUATIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "an evaluation of NaN": lambda evaluation: evaluation.update(short_accuracy=float("nan")),
+    "an evaluation of 7": lambda evaluation: evaluation.update(short_accuracy=7.0),
+    "an evaluation of text": lambda evaluation: evaluation.update(short_accuracy="good"),
+    "an evaluation of nothing": lambda evaluation: evaluation.update(short_accuracy=None),
+    "an evaluation of negative seconds": lambda evaluation: evaluation.update(seconds={"build": -1}),
+    "an evaluation of a list": lambda evaluation: evaluation.update(seconds=[1]),
+    "an evaluation of another field": lambda evaluation: evaluation.update(more=1),
+}
+
+
+def trainings(good: dict[str, Any]) -> Cases:
+    """good: a training.pt."""
+    state = good["state"]
+    misshaped = {**state["optimizer"], "state": {0: {"momentum_buffer": torch.zeros(2)}}}
+    cases = [*mutations(state, (-1, {"a": 3})), ("misshaped", {**state, "optimizer": misshaped}), ("text", "text")]
+    return ((f"state {name}", {**good, "state": case}) for name, case in cases)
 
 
 VALUES: tuple[Any, ...] = ([3], {"a": 3}, "\0", -7)  # of which no option takes any
 
 
-def commands(held: dict[str, Any], marker: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def commands(good: dict[str, Any], marker: Path) -> Cases:
     """What to change in the command that a run's config.json notes."""
     pickled = marker.with_name("pickled.pt")
     pickled.write_bytes(pickle.dumps(payload(marker)))
@@ -539,18 +517,10 @@ def commands(held: dict[str, Any], marker: Path) -> Iterator[tuple[str, dict[str
     yield "a teacher that is a pickle", {"teacher": str(pickled), "allow_pickle": True}
     yield "a factory that runs code", {"arch": "factory:make"}
     yield "a teacher of os", {"arch": "os:getcwd"}
-    for name in held:
+    for name in good:
         for value in VALUES:
             if name != "download" or value != -7:
                 yield f"{name} of {str(value)[:9]!r}", {name: value}
-
-
-def copy_run(run: Path, place: Path, files: Files) -> Path:
-    """A copy of a run with some files of its replaced."""
-    shutil.copytree(run, place)
-    for name, content in files.items():
-        (place / name).write_bytes(content)
-    return place
 
 
 # The victim

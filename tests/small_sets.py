@@ -1,11 +1,14 @@
 """Small sets of images that are all different."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from n2n_fast.files.errors import BadInput
 from n2n_fast.training.data import ImageData, Split, from_tensors
 
 
@@ -28,8 +31,9 @@ def make(count: int = 100, classes: int = 4, **options: Any) -> ImageData:
     return from_tensors("some", (images(count), torch.arange(count) % classes), **options)
 
 
-def message(error: pytest.ExceptionInfo[BaseException]) -> str:
-    """The message, which must be one line."""
-    text = str(error.value)
-    assert "\n" not in text
-    return text
+@contextlib.contextmanager
+def refused(text: str) -> Iterator[None]:
+    """Within it, BadInput is raised with a message of one line in which the pattern `text` occurs."""
+    with pytest.raises(BadInput, match=text) as error:
+        yield
+    assert "\n" not in str(error.value)

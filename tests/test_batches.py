@@ -1,6 +1,5 @@
 """Schedules, batches and the teacher's logits that go with them."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,8 +13,8 @@ from n2n_fast.training.data import Augmentation, Split
 from small_sets import make
 
 
-def counting_teacher(calls: list[int]) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
+def counting_teacher(calls):
+    def forward(x):
         calls.append(len(x))
         return x.mean((2, 3))
 
@@ -23,9 +22,9 @@ def counting_teacher(calls: list[int]) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("augmentation", [None, Augmentation(2, True)])
-def test_every_pass_sees_the_same_batches(augmentation: Augmentation | None) -> None:
+def test_every_pass_sees_the_same_batches(augmentation):
     split = make().train
-    calls: list[int] = []
+    calls = []
     batches = Batches(split, counting_teacher(calls), 2, 16, augmentation, seed=5)
     passes = [list(batches) for _ in range(2)]
     assert len(calls) == len(batches) == 2 * (len(split) // 16)
@@ -36,17 +35,17 @@ def test_every_pass_sees_the_same_batches(augmentation: Augmentation | None) -> 
     assert not torch.equal(other[0][0], passes[0][0][0])
 
 
-def test_a_broken_off_pass_is_taken_up() -> None:
-    calls: list[int] = []
+def test_a_broken_off_pass_is_taken_up():
+    calls = []
     batches = Batches(make().train, counting_teacher(calls), 1, 16, Augmentation(1), seed=0)
     next(iter(batches))
     whole = list(batches)
     assert len(calls) == len(whole) == len(batches)
 
 
-def test_logits_of_the_whole_split_are_computed_once() -> None:
+def test_logits_of_the_whole_split_are_computed_once():
     split = make().train
-    calls: list[int] = []
+    calls = []
     teacher = TeacherLogits(counting_teacher(calls), split, batch_size=30)
     for seed in (1, 2):
         for pixels, _, logits in Batches(split, teacher, 1, 16, None, seed=seed):
@@ -56,10 +55,10 @@ def test_logits_of_the_whole_split_are_computed_once() -> None:
 
 
 @pytest.mark.parametrize(("augmentation", "views"), [(Augmentation(2, True), 4), (Augmentation(0, True), 2)])
-def test_views_take_turns_and_the_teacher_sees_each_once(augmentation: Augmentation, views: int) -> None:
+def test_views_take_turns_and_the_teacher_sees_each_once(augmentation, views):
     split = make().train
     assert augmentation.views == views
-    calls: list[int] = []
+    calls = []
     teacher = TeacherLogits(counting_teacher(calls), split, batch_size=30)
     epochs = 2 * views + 1
     seen: dict[tuple[int, int], Tensor] = {}
@@ -78,7 +77,7 @@ def test_views_take_turns_and_the_teacher_sees_each_once(augmentation: Augmentat
     assert sum(calls) == views * len(split) + 1
 
 
-def test_both_sides_of_an_image_are_among_two_views() -> None:
+def test_both_sides_of_an_image_are_among_two_views():
     split = make().train
     schedule = Schedule(split, 2, 16, Augmentation(0, True), seed=0, views=2)
     index = torch.arange(len(split))
@@ -87,9 +86,9 @@ def test_both_sides_of_an_image_are_among_two_views() -> None:
     assert not torch.equal(one, split.batch(index)[0])
 
 
-def test_a_short_schedule_does_not_make_the_teacher_see_whole_views() -> None:
+def test_a_short_schedule_does_not_make_the_teacher_see_whole_views():
     split = make().train
-    calls: list[int] = []
+    calls = []
     teacher = TeacherLogits(counting_teacher(calls), split)
     batches = Batches(split, teacher, 16 / len(split), 16, Augmentation(1), seed=0, views=4)
     list(batches)
@@ -99,7 +98,7 @@ def test_a_short_schedule_does_not_make_the_teacher_see_whole_views() -> None:
 
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("views", [None, 2])
-def test_a_training_can_begin_in_the_middle(keep: bool, views: int | None) -> None:
+def test_a_training_can_begin_in_the_middle(keep, views):
     batches = Batches(make().train, counting_teacher([]), 2, 16, Augmentation(1, True), seed=0, views=views, keep=keep)
     whole = list(batches)
     for start in (1, len(whole) // 2, len(whole) - 1, len(whole)):
@@ -109,8 +108,8 @@ def test_a_training_can_begin_in_the_middle(keep: bool, views: int | None) -> No
             assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_kept_batches_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared: list[int] = []
+def test_kept_batches_are_prepared_once(monkeypatch):
+    prepared = []
     normalise = Split.normalise
     monkeypatch.setattr(Split, "normalise", lambda s, images: (prepared.append(1), normalise(s, images))[1])
     split = make().train
@@ -122,7 +121,7 @@ def test_kept_batches_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None
         assert len(prepared) == times * len(batches)
 
 
-def test_teacher_logits_carry_no_gradient() -> None:
+def test_teacher_logits_carry_no_gradient():
     weight = torch.ones(3, requires_grad=True)
     split = make().train
     for augmentation in (None, Augmentation(1)):
@@ -134,7 +133,7 @@ def test_teacher_logits_carry_no_gradient() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(epochs=st.floats(0, 3), batch_size=st.integers(1, 100))
-def test_the_length_of_a_schedule(epochs: float, batch_size: int) -> None:
+def test_the_length_of_a_schedule(epochs, batch_size):
     split = make(50).train
     schedule = Schedule(split, epochs, batch_size, None, seed=0)
     sizes = [len(index) for index in schedule.indices()]
@@ -143,7 +142,7 @@ def test_the_length_of_a_schedule(epochs: float, batch_size: int) -> None:
     assert set(sizes) <= {min(batch_size, len(split))}
 
 
-def test_an_epoch_holds_each_image_once_and_epochs_differ() -> None:
+def test_an_epoch_holds_each_image_once_and_epochs_differ():
     split = make(100).train
     steps = list(Schedule(split, 2, 8, None, seed=0).indices())
     epochs = [torch.cat(steps[:9]), torch.cat(steps[9:])]
@@ -152,7 +151,7 @@ def test_an_epoch_holds_each_image_once_and_epochs_differ() -> None:
 
 
 @pytest.mark.parametrize("augmentation", [None, Augmentation(1, True)])
-def test_batches_are_contiguous(augmentation: Augmentation | None) -> None:
+def test_batches_are_contiguous(augmentation):
     split = make().train
     channels_last = replace(split, images=split.images.contiguous(memory_format=torch.channels_last))
     _, pixels, _ = next(iter(Schedule(channels_last, 1, 8, augmentation, 0)))
@@ -162,6 +161,6 @@ def test_batches_are_contiguous(augmentation: Augmentation | None) -> None:
 
 
 @pytest.mark.parametrize(("epochs", "batch_size"), [(1, 0), (-1, 8), (float("inf"), 8), (float("nan"), 8)])
-def test_an_impossible_schedule_is_refused(epochs: float, batch_size: int) -> None:
+def test_an_impossible_schedule_is_refused(epochs, batch_size):
     with pytest.raises(ValueError, match=r"batch_size: 0|epochs: (-1|inf|nan); expected"):
         Schedule(make().train, epochs, batch_size, None, seed=0)

@@ -1,35 +1,19 @@
 """Splits, their normalisation and augmentation, accuracy on them."""
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
-from n2n_fast.files.errors import BadInput, DegenerateArchitecture
 from n2n_fast.training.data import Augmentation, Split, accuracy, from_tensors
-from small_sets import identity, images, make, message
-
-# --- errors
-
-
-def test_errors_are_value_errors_and_keep_the_reason() -> None:
-    error = DegenerateArchitecture("too large")
-    assert isinstance(error, ValueError)
-    assert issubclass(BadInput, ValueError)
-    assert error.reason == str(error) == "too large"
-
-
-# --- splits
+from small_sets import identity, images, make, refused
 
 
 @settings(max_examples=40, deadline=None)
 @given(count=st.integers(20, 600), classes=st.integers(2, 7), seed=st.integers(-3, 2**40), share=st.floats(0.05, 0.5))
-def test_splits_are_disjoint_complete_and_in_proportion(count: int, classes: int, seed: int, share: float) -> None:
+def test_splits_are_disjoint_complete_and_in_proportion(count, classes, seed, share):
     some = make(count, classes, seed=seed, validation=share)
-    assert some.test is not None
     parts = [identity(part) for part in (some.train, some.validation, some.test)]
     assert set.union(*parts) == set(range(count))
     assert sum(map(len, parts)) == count
@@ -39,13 +23,13 @@ def test_splits_are_disjoint_complete_and_in_proportion(count: int, classes: int
     assert int(histogram.max() - histogram.min()) <= 2
 
 
-def test_a_seed_settles_the_split() -> None:
+def test_a_seed_settles_the_split():
     one, same, other = (make(seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one.train.images, same.train.images)
     assert identity(one.validation) != identity(other.validation)
 
 
-def test_validation_is_a_tenth_but_at_most_5000() -> None:
+def test_validation_is_a_tenth_but_at_most_5000():
     labels = torch.arange(60000) % 10
     blank = torch.zeros(60000, 1, 1, 1, dtype=torch.uint8)
     test = (blank[:100], labels[:100])
@@ -57,19 +41,18 @@ def test_validation_is_a_tenth_but_at_most_5000() -> None:
 
 
 @pytest.mark.parametrize("share", [0, 1.5, -0.1, 80, float("nan")])
-def test_bad_validation_is_refused(share: float) -> None:
-    with pytest.raises(BadInput, match="give a share between 0 and 1 or a number of the 80 images") as error:
+def test_bad_validation_is_refused(share):
+    with refused("give a share between 0 and 1 or a number of the 80 images"):
         make(100, validation=share)
-    message(error)
 
 
-def test_too_few_to_split_are_refused() -> None:
-    with pytest.raises(BadInput, match="too few images to split, 1 is left"):
+def test_too_few_to_split_are_refused():
+    with refused("too few images to split, 1 is left"):
         make(2, classes=2)
     assert len(make(3, classes=3).train) == 1
 
 
-def test_a_batch_is_normalised() -> None:
+def test_a_batch_is_normalised():
     some = make(mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0))
     index = torch.tensor([3, 1, 3])
     batch, labels = some.train.batch(index)
@@ -79,21 +62,21 @@ def test_a_batch_is_normalised() -> None:
     assert torch.equal(labels, some.train.labels[index])
 
 
-def test_measured_moments_normalise() -> None:
+def test_measured_moments_normalise():
     some = make(400)
     everything = torch.cat([split.batch(torch.arange(len(split)))[0] for split in (some.train, some.validation)])
     torch.testing.assert_close(everything.mean((0, 2, 3)), torch.zeros(3), atol=0.02, rtol=0)
     torch.testing.assert_close(everything.std((0, 2, 3)), torch.ones(3), atol=0.02, rtol=0)
 
 
-def test_floats_are_taken_as_they_are() -> None:
+def test_floats_are_taken_as_they_are():
     pixels = torch.randn(50, 2, 4, 4, dtype=torch.float64)
     some = from_tensors("floats", (pixels, torch.arange(50) % 2))
     assert some.train.images.dtype == torch.float32
     torch.testing.assert_close(some.train.batch(torch.arange(5))[0], some.train.images[:5])
 
 
-def test_grey_images_serve_three_channels() -> None:
+def test_grey_images_serve_three_channels():
     labels = torch.arange(50) % 2
     some = from_tensors("grey", (images(50, 1), labels), channels=3, mean=(0.3,), std=(0.5,))
     batch, _ = some.train.batch(torch.arange(4))
@@ -105,14 +88,13 @@ def test_grey_images_serve_three_channels() -> None:
     assert by_mean.train.batch(torch.arange(4))[0].shape == (4, 3, 8, 8)
 
 
-def test_colour_is_refused_for_one_channel() -> None:
-    with pytest.raises(BadInput, match=r"images have 3 channels but 1 are asked for.*teacher with 3 input channels"):
+def test_colour_is_refused_for_one_channel():
+    with refused(r"images have 3 channels but 1 are asked for.*teacher with 3 input channels"):
         make(channels=1)
 
 
-def test_a_split_moves() -> None:
+def test_a_split_moves():
     moved = make().to("meta")
-    assert moved.test is not None
     assert {moved.train.images.device.type, moved.validation.mean.device.type, moved.test.std.device.type} == {"meta"}
 
 
@@ -134,20 +116,19 @@ def test_a_split_moves() -> None:
         (torch.ones(4, 1, 2, 2).index_fill(0, torch.tensor(2), torch.inf), torch.arange(4), "image 2 holds NaN"),
     ],
 )
-def test_bad_tensors_are_refused(pixels: Tensor, labels: Tensor, text: str) -> None:
-    with pytest.raises(BadInput, match=f"^some, train: .*{text}|^some: .*{text}") as error:
+def test_bad_tensors_are_refused(pixels, labels, text):
+    with refused(f"^some(, train)?: .*{text}"):
         from_tensors("some", (pixels, labels))
-    message(error)
 
 
-def test_labels_beyond_the_given_classes_are_refused() -> None:
-    with pytest.raises(BadInput, match="label 3 is out of range for 3 classes"):
+def test_labels_beyond_the_given_classes_are_refused():
+    with refused("label 3 is out of range for 3 classes"):
         make(classes=4) and from_tensors("some", (images(8), torch.arange(8) % 4), classes=3)
     assert from_tensors("some", (images(8), torch.arange(8) % 4), classes=9).classes == 9
 
 
-def test_unlike_train_and_test_are_refused() -> None:
-    with pytest.raises(BadInput, match=r"train images are \(3, 8, 8\) but \(3, 9, 9\) in test"):
+def test_unlike_train_and_test_are_refused():
+    with refused(r"train images are \(3, 8, 8\) but \(3, 9, 9\) in test"):
         from_tensors("some", (images(8), torch.arange(8)), (images(8, size=9), torch.arange(8)))
 
 
@@ -159,20 +140,20 @@ def test_unlike_train_and_test_are_refused() -> None:
         ({"mean": (float("nan"),)}, "mean is nan; give finite"),
     ],
 )
-def test_bad_moments_are_refused(options: dict[str, Any], text: str) -> None:
-    with pytest.raises(BadInput, match=text):
+def test_bad_moments_are_refused(options, text):
+    with refused(text):
         make(**options)
 
 
 class _First(nn.Module):
     """Calls every image the class that its first pixel says; notes the mode it was run in."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         assert not self.training
         return nn.functional.one_hot(x[:, 0, 0, 0].round().long(), 4).float()
 
 
-def test_accuracy_counts_the_right_ones() -> None:
+def test_accuracy_counts_the_right_ones():
     pixels = torch.zeros(50, 1, 2, 2, dtype=torch.uint8)
     labels = torch.arange(50) % 4
     pixels[:, 0, 0, 0] = labels.byte()
@@ -186,7 +167,7 @@ def test_accuracy_counts_the_right_ones() -> None:
 # --- augmentation
 
 
-def reference(batch: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+def reference(batch, augmentation, generator):
     """What `Augmentation` does, one image at a time."""
     crop, count = augmentation.crop, len(batch)
     top, left = torch.randint(2 * crop + 1, (2, count), generator=generator)
@@ -211,9 +192,7 @@ def reference(batch: Tensor, augmentation: Augmentation, generator: torch.Genera
     flip=st.booleans(),
     dtype=st.sampled_from([torch.uint8, torch.float32]),
 )
-def test_augmentation_is_that_of_single_images(
-    count: int, channels: int, height: int, width: int, crop: int, flip: bool, dtype: torch.dtype
-) -> None:
+def test_augmentation_is_that_of_single_images(count, channels, height, width, crop, flip, dtype: torch.dtype):
     batch = torch.randint(1, 256, (count, channels, height, width)).to(dtype)
     augmentation = Augmentation(crop, flip)
     before = batch.clone()

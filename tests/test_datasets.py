@@ -6,8 +6,6 @@ import pickle
 import struct
 import zipfile
 from importlib import resources
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,15 +13,12 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from n2n_fast.files.errors import BadInput
+from hostile import npy
 from n2n_fast.training.data import Augmentation
 from n2n_fast.training.datasets import load
-from small_sets import message
+from small_sets import refused
 
 RNG = np.random.default_rng(0)
-
-
-# --- the spec
 
 
 @pytest.mark.parametrize(
@@ -40,18 +35,16 @@ RNG = np.random.default_rng(0)
         ("digits", {"image_size": 100_000}, "image size 100000 is out of range"),
     ],
 )
-def test_a_bad_spec_is_refused(spec: str, options: dict[str, Any], text: str) -> None:
-    with pytest.raises(BadInput, match=text) as error:
+def test_a_bad_spec_is_refused(spec, options, text):
+    with refused(text):
         load(spec, **options)
-    message(error)
 
 
 # --- digits
 
 
-def test_digits() -> None:
+def test_digits():
     digits = load("digits")
-    assert digits.test is not None
     assert [len(split) for split in (digits.train, digits.validation, digits.test)] == [1294, 144, 359]
     assert digits.classes == 10
     assert digits.augmentation == Augmentation(crop=1, flip=False)
@@ -62,22 +55,17 @@ def test_digits() -> None:
     assert int(digits.train.labels.bincount().min()) > 100
 
 
-def test_the_test_digits_do_not_depend_on_the_seed() -> None:
+def test_the_test_digits_do_not_depend_on_the_seed():
     one, two = load("digits", seed=1), load("digits", seed=2, image_size=10)
-    assert one.test is not None
-    assert two.test is not None
     assert torch.equal(one.test.labels, two.test.labels)
     assert two.test.image_size == (10, 10)
+    assert two.test.images.dtype == torch.uint8
     assert not torch.equal(one.train.labels, two.train.labels)
 
 
-def test_the_digits_file_is_small_and_scikit_learns() -> None:
-    file = resources.files("n2n_fast.training").joinpath("digits.npz")
-    content = file.read_bytes()
-    assert len(content) < 100_000
-    assert "CC BY 4.0" in resources.files("n2n_fast.training").joinpath("digits.txt").read_text()
+def test_the_digits_are_scikit_learns():
     sklearn = pytest.importorskip("sklearn.datasets")
-    with resources.as_file(file) as path, np.load(path) as arrays:
+    with np.load(str(resources.files("n2n_fast.training").joinpath("digits.npz"))) as arrays:
         assert np.array_equal(arrays["images"], sklearn.load_digits().images)
         assert np.array_equal(arrays["labels"], sklearn.load_digits().target)
 
@@ -85,39 +73,34 @@ def test_the_digits_file_is_small_and_scikit_learns() -> None:
 # --- cifar, svhn: small files in the real formats
 
 
-def md5(path: Path) -> str:
+def md5(path):
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-def write_cifar(folder: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray[Any, Any]]:
+def write_cifar(folder, kind, monkeypatch):
     """Twenty images in each of the files that torchvision lists, which then have the right sums."""
     folder.mkdir(parents=True)
     key, classes = ("labels", 10) if kind is datasets.CIFAR10 else ("fine_labels", 100)
     written = {}
-    lists = {}
     for part in ("train_list", "test_list"):
-        lists[part] = []
-        for name, _ in getattr(kind, part):
-            pixels = RNG.integers(0, 256, (20, 3072), dtype=np.uint8)
+        names = [name for name, _ in getattr(kind, part)]
+        for name in names:
+            written[name] = RNG.integers(0, 256, (20, 3072), dtype=np.uint8)
             labels = RNG.integers(0, classes, 20).tolist()
-            (folder / name).write_bytes(pickle.dumps({"data": pixels, key: labels}))
-            lists[part].append([name, md5(folder / name)])
-            written[name] = pixels
-    meta = dict(kind.meta)
-    (folder / meta["filename"]).write_bytes(pickle.dumps({meta["key"]: [str(i) for i in range(classes)]}))
-    meta["md5"] = md5(folder / meta["filename"])
-    for name, value in {**lists, "meta": meta}.items():
-        monkeypatch.setattr(kind, name, value)
+            (folder / name).write_bytes(pickle.dumps({"data": written[name], key: labels}))
+        monkeypatch.setattr(kind, part, [[name, md5(folder / name)] for name in names])
+    file = folder / kind.meta["filename"]
+    file.write_bytes(pickle.dumps({kind.meta["key"]: [str(i) for i in range(classes)]}))
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5(file)})
     return written
 
 
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize(("name", "kind"), [("cifar10", datasets.CIFAR10), ("cifar100", datasets.CIFAR100)])
-def test_cifar(name: str, kind: Any, flat: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar(name, kind, flat, tmp_path, monkeypatch):
     folder = tmp_path / "data" / kind.base_folder
     written = write_cifar(folder, kind, monkeypatch)
     cifar = load(f"{name}:{folder if flat else tmp_path / 'data'}")
-    assert cifar.test is not None
     assert cifar.classes == (10 if name == "cifar10" else 100)
     assert cifar.augmentation == Augmentation(crop=4, flip=True)
     assert len(cifar.train) + len(cifar.validation) == 20 * len(kind.train_list)
@@ -126,14 +109,14 @@ def test_cifar(name: str, kind: Any, flat: bool, tmp_path: Path, monkeypatch: py
     assert cifar.train.mean.numel() == 3
 
 
-def test_a_cifar_file_of_other_content_is_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cifar_file_of_other_content_is_not_unpickled(tmp_path, monkeypatch):
     write_cifar(tmp_path / "cifar-10-batches-py", datasets.CIFAR10, monkeypatch)
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps(print))
-    with pytest.raises(BadInput, match=r"no cifar10, or a damaged one, in .*--download"):
+    with refused(r"no cifar10, or a damaged one, in .*--download"):
         load(f"cifar10:{tmp_path}")
 
 
-def write_svhn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, Any]]:
+def write_svhn(folder, monkeypatch):
     scipy_io = pytest.importorskip("scipy.io")
     folder.mkdir(parents=True, exist_ok=True)
     written, listed = {}, dict(datasets.SVHN.split_list)
@@ -149,49 +132,44 @@ def write_svhn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple
 
 
 @pytest.mark.parametrize("folder", ["", "SVHN", "svhn"])
-def test_svhn(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_svhn(folder, tmp_path, monkeypatch):
     pixels, labels = write_svhn(tmp_path / folder, monkeypatch)["test"]
     svhn = load(f"svhn:{tmp_path}")
-    assert svhn.test is not None
     assert torch.equal(svhn.test.images, torch.from_numpy(pixels.transpose(3, 2, 0, 1).copy()))
     assert svhn.test.labels.tolist() == (labels.ravel() % 10).tolist()  # 10 stands for the digit 0
     assert svhn.augmentation == Augmentation(crop=4, flip=False)
 
 
-def test_svhn_without_scipy_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_svhn_without_scipy_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("n2n_fast.training.datasets._importable", lambda module: False)
-    with pytest.raises(BadInput, match="pip install scipy"):
+    with refused("pip install scipy"):
         load(f"svhn:{tmp_path}")
 
 
 # --- fashion-mnist
 
 
-def idx(array: np.ndarray[Any, Any]) -> bytes:
+def idx(array):
     """The idx format: two zero bytes, 8 for uint8, the number of dimensions, each dimension, the values."""
     return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
-def write_fashion(folder: Path, packed: bool, count: int = 40) -> np.ndarray[Any, Any]:
+def write_fashion(folder, packed):
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("train", "t10k"):
-        pixels = RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        for name, array in (("images-idx3", pixels), ("labels-idx1", np.arange(count, dtype=np.uint8) % 10)):
-            path = folder / f"{part}-{name}-ubyte"
-            if packed:
-                path.with_name(path.name + ".gz").write_bytes(gzip.compress(idx(array)))
-            else:
-                path.write_bytes(idx(array))
+        pixels = RNG.integers(0, 256, (40, 28, 28), dtype=np.uint8)
+        for name, array in (("images-idx3", pixels), ("labels-idx1", np.arange(40, dtype=np.uint8) % 10)):
+            path = folder / f"{part}-{name}-ubyte{'.gz' if packed else ''}"
+            path.write_bytes(gzip.compress(idx(array)) if packed else idx(array))
     return pixels
 
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("folder", ["", "FashionMNIST/raw"])
-def test_fashion_mnist(folder: str, packed: bool, tmp_path: Path) -> None:
+def test_fashion_mnist(folder, packed, tmp_path):
     pixels = write_fashion(tmp_path / folder, packed)
     before = sorted(tmp_path.rglob("*"))
     fashion = load(f"fashion-mnist:{tmp_path}", channels=3)
-    assert fashion.test is not None
     assert torch.equal(fashion.test.images[:, 0], torch.from_numpy(pixels))
     assert fashion.test.labels.tolist() == [i % 10 for i in range(40)]
     assert fashion.augmentation == Augmentation(crop=0, flip=True)
@@ -199,85 +177,72 @@ def test_fashion_mnist(folder: str, packed: bool, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_images_are_resized(tmp_path: Path) -> None:
-    write_fashion(tmp_path, packed=False)
-    fashion = load(f"fashion-mnist:{tmp_path}", image_size=32)
-    assert fashion.train.images.shape[1:] == (1, 32, 32)
-    assert fashion.train.images.dtype == torch.uint8
-
-
 @pytest.mark.parametrize("packed", [True, False])
-def test_truncated_fashion_mnist_is_refused(packed: bool, tmp_path: Path) -> None:
+def test_truncated_fashion_mnist_is_refused(packed, tmp_path):
     write_fashion(tmp_path, packed)
     path = next(tmp_path.glob("train-images*"))
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(BadInput, match=r"fashion-mnist cannot be read from .*--download to fetch it anew") as error:
+    with refused(r"fashion-mnist cannot be read from .*--download to fetch it anew"):
         load(f"fashion-mnist:{tmp_path}")
-    message(error)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "fashion-mnist"])
-def test_a_missing_set_names_the_directory_and_the_flag(name: str, tmp_path: Path) -> None:
+def test_a_missing_set_names_the_directory_and_the_flag(name, tmp_path):
     if name == "svhn":
         pytest.importorskip("scipy.io")
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(BadInput, match=f"no {name}, .* in {folder};.*--download") as error:
+        with refused(f"no {name}, .* in {folder};.*--download"):
             load(f"{name}:{folder}")
-        message(error)
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(BadInput, match=f"{file} is not a directory"):
+    with refused(f"{file} is not a directory"):
         load(f"{name}:{file}")
 
 
-def test_an_unreadable_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise PermissionError(13, "Permission denied")
+@pytest.mark.parametrize(
+    ("step", "error", "text"),
+    [
+        ("__init__", PermissionError(13, "Permission denied"), r"cannot be read \(Permission denied\)"),
+        ("download", OSError("no route to host\nat all"), r"cannot be downloaded into .*\(OSError: no route to host\)"),
+    ],
+)
+def test_what_reading_or_fetching_raises_is_one_line(step, error, text, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
 
-    monkeypatch.setattr(datasets, "CIFAR10", type("Refusing", (datasets.CIFAR10,), {"__init__": refuse}))
-    with pytest.raises(BadInput, match=r"cannot be read \(Permission denied\)"):
-        load(f"cifar10:{tmp_path}")
-
-
-def test_a_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Any) -> None:
-        raise OSError("no route to host\nat all")
-
-    monkeypatch.setattr(datasets.CIFAR10, "download", fail)
-    with pytest.raises(BadInput, match=r"cannot be downloaded into .*\(OSError: no route to host\)") as error:
-        load(f"cifar10:{tmp_path}", download=True)
-    message(error)
+    monkeypatch.setattr(datasets, "CIFAR10", type("Failing", (datasets.CIFAR10,), {step: fail}))
+    with refused(text):
+        load(f"cifar10:{tmp_path}", download=step == "download")
 
 
 # --- imagefolder
 
 
-def write_folder(folder: Path, names: tuple[str, ...] = ("cat", "dog"), size: tuple[int, int] = (20, 16)) -> None:
+def write_folder(folder, names=("cat", "dog")):
     for shade, name in enumerate(names):
         (folder / name).mkdir(parents=True)
         for place in range(10):
-            pixels = np.full((size[1], size[0], 3), 100 * shade + place, dtype=np.uint8)
+            pixels = np.full((16, 20, 3), 100 * shade + place, dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{place}.png")
 
 
-@pytest.mark.parametrize("held", ["test", "val", None])
-def test_imagefolder(held: str | None, tmp_path: Path) -> None:
-    write_folder(tmp_path / "train" if held else tmp_path)
-    if held:
-        write_folder(tmp_path / held)
+@pytest.mark.parametrize("test_folder", ["test", "val", None])
+def test_imagefolder(test_folder, tmp_path):
+    write_folder(tmp_path / "train" if test_folder else tmp_path)
+    if test_folder:
+        write_folder(tmp_path / test_folder)
     folder = load(f"imagefolder:{tmp_path}")
-    assert folder.test is not None
     assert folder.train.images.shape[1:] == (3, 16, 16)  # the short side of the first image
-    assert len(folder.test) == (20 if held else 4)
+    assert len(folder.test) == (20 if test_folder else 4)
     assert folder.classes == 2
     assert folder.augmentation == Augmentation(crop=2, flip=True)
     assert torch.equal(folder.train.images[:, 0, 3, 3] // 100, folder.train.labels.byte())
     assert load(f"imagefolder:{tmp_path}", image_size=24).train.image_size == (24, 24)
 
 
-def test_grey_imagefolder_for_one_channel(tmp_path: Path) -> None:
+def test_grey_imagefolder_for_one_channel(tmp_path):
     write_folder(tmp_path)
-    with pytest.raises(BadInput, match="is no grey image but 1 channel is asked for"):
+    with refused("is no grey image but 1 channel is asked for"):
         load(f"imagefolder:{tmp_path}", channels=1)
     for path in tmp_path.rglob("*.png"):
         Image.open(path).convert("L").save(path)
@@ -285,25 +250,24 @@ def test_grey_imagefolder_for_one_channel(tmp_path: Path) -> None:
     assert load(f"imagefolder:{tmp_path}").train.images.shape[1] == 3
 
 
-def test_bad_imagefolders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BadInput, match="nowhere is not a directory"):
+def test_bad_imagefolders_are_refused(tmp_path, monkeypatch):
+    with refused("nowhere is not a directory"):
         load(f"imagefolder:{tmp_path / 'nowhere'}")
-    with pytest.raises(BadInput, match="is no folder of class folders of images"):
+    with refused("is no folder of class folders of images"):
         load(f"imagefolder:{tmp_path}")
     write_folder(tmp_path / "train")
     write_folder(tmp_path / "test", ("cat", "cow"))
-    with pytest.raises(BadInput, match=r"differ in their class folders \(cow, dog\)"):
+    with refused(r"differ in their class folders \(cow, dog\)"):
         load(f"imagefolder:{tmp_path}")
     write_folder(tmp_path / "one", ("cat",))
-    with pytest.raises(BadInput, match="1 class in the training data"):
+    with refused("1 class in the training data"):
         load(f"imagefolder:{tmp_path / 'one'}")
     broken = tmp_path / "train" / "dog" / "3.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    with pytest.raises(BadInput, match=r"3\.png cannot be decoded .*; remove or repair it") as error:
+    with refused(r"3\.png cannot be decoded .*; remove or repair it"):
         load(f"imagefolder:{tmp_path / 'train'}")
-    message(error)
     monkeypatch.setattr("n2n_fast.training.datasets._memory_bytes", lambda: 10_000)
-    with pytest.raises(BadInput, match=r"GB are needed for the images but half of memory is 0\.0 GB"):
+    with refused(r"GB are needed for the images but half of memory is 0\.0 GB"):
         load(f"imagefolder:{tmp_path / 'test'}")
 
 
@@ -316,11 +280,10 @@ def test_bad_imagefolders_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     ids=str,
 )
 @pytest.mark.parametrize("dtype", ["uint8", "int64", "float32", ">f8", "float16"])
-def test_npz_layouts(shape: tuple[int, ...], dtype: str, tmp_path: Path) -> None:
+def test_npz_layouts(shape, dtype, tmp_path):
     pixels = RNG.integers(0, 256, shape).astype(dtype)
     np.savez(tmp_path / "some.npz", x=pixels, y=np.arange(30) % 3)
     some = load(f"npz:{tmp_path / 'some.npz'}")
-    assert some.test is not None
     channels = {3: 1}.get(len(shape)) or min(shape[1], shape[3])
     height, width = max(shape[1:]), sorted(shape[1:])[-2]
     assert some.train.images.shape[1:] == (channels, height, width)
@@ -329,16 +292,15 @@ def test_npz_layouts(shape: tuple[int, ...], dtype: str, tmp_path: Path) -> None
     assert len(some.test) == 6
 
 
-def test_npz_of_train_and_test(tmp_path: Path) -> None:
+def test_npz_of_train_and_test(tmp_path):
     arrays = {f"{name}_{part}": array for part in ("train", "test") for name, array in _arrays(20).items()}
     np.savez_compressed(tmp_path / "some.npz", **arrays)
     some = load(f"npz:{tmp_path / 'some.npz'}", classes=7)
-    assert some.test is not None
     assert torch.equal(some.test.images[:, 0], torch.from_numpy(arrays["x_test"]))
     assert some.classes == 7
 
 
-def _arrays(count: int) -> dict[str, np.ndarray[Any, Any]]:
+def _arrays(count):
     return {"x": RNG.integers(0, 256, (count, 4, 4), dtype=np.uint8), "y": np.arange(count) % 2}
 
 
@@ -368,61 +330,48 @@ X, Y = _arrays(20)["x"], _arrays(20)["y"]
         ({"x": X, "y": Y.astype(object)}, "array y holds Python objects"),
     ],
 )
-def test_bad_arrays_are_refused(arrays: dict[str, Any], text: str, tmp_path: Path) -> None:
+def test_bad_arrays_are_refused(arrays, text, tmp_path):
     path = tmp_path / "some.npz"
     np.savez(path, **arrays)
-    with pytest.raises(BadInput, match=text) as error:
+    with refused(f"{path}.*{text}"):
         load(f"npz:{path}")
-    assert str(path) in message(error)
 
 
-def test_files_that_are_no_npz_are_refused(tmp_path: Path) -> None:
-    good = tmp_path / "good.npz"
-    np.savez(good, x=X, y=Y)
-    content = good.read_bytes()
-    cases = {"truncated": content[:300], "empty": b"", "text": b"hello", "cut": content[:-30]}
-    for name, case in cases.items():
-        path = tmp_path / f"{name}.npz"
-        path.write_bytes(case)
-        with pytest.raises(BadInput, match=r"\.npz is no \.npz file, or a damaged one") as error:
-            load(f"npz:{path}")
-        message(error)
+def test_files_that_are_no_npz_are_refused(tmp_path):
+    np.savez(tmp_path / "good.npz", x=X, y=Y)
     np.save(tmp_path / "single.npy", X)
-    with pytest.raises(BadInput, match=r"is no \.npz file"):
-        load(f"npz:{tmp_path / 'single.npy'}")
-    with pytest.raises(BadInput, match="does not exist"):
+    content = (tmp_path / "good.npz").read_bytes()
+    cases = {"truncated": content[:300], "empty": b"", "text": b"hello", "cut": content[:-30]}
+    for name, case in {**cases, "single": (tmp_path / "single.npy").read_bytes()}.items():
+        (tmp_path / f"{name}.npz").write_bytes(case)
+        with refused(r"\.npz is no \.npz file, or a damaged one"):
+            load(f"npz:{tmp_path / name}.npz")
+    with refused("does not exist"):
         load(f"npz:{tmp_path / 'nowhere.npz'}")
-    with pytest.raises(BadInput, match="is a directory"):
+    with refused("is a directory"):
         load(f"npz:{tmp_path}")
 
 
-def npy_header(shape: tuple[int, ...]) -> bytes:
-    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
-
-
-def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     path = tmp_path / "bomb.npz"
     np.savez_compressed(path, x=np.zeros((20, 1000, 1000), np.uint8), y=Y)
     assert path.stat().st_size < 100_000
     monkeypatch.setattr("n2n_fast.training.datasets._memory_bytes", lambda: 30_000_000)
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("unpacked"))
-    with pytest.raises(BadInput, match=r"0\.0 GB are needed for the images but half of memory is 0\.0 GB"):
+    with refused(r"0\.0 GB are needed for the images but half of memory is 0\.0 GB"):
         load(f"npz:{path}")
 
 
-def test_a_header_that_lies_is_refused(tmp_path: Path) -> None:
+def test_a_header_that_lies_is_refused(tmp_path):
     path = tmp_path / "lie.npz"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("x.npy", npy_header((20, 1000, 1000)) + b"\0" * 100)
-        archive.writestr("y.npy", npy_header((20,)) + b"\0" * 20)
-    with pytest.raises(BadInput, match=r"array x declares shape \(20, 1000, 1000\) but holds 100 bytes; save it anew"):
+        archive.writestr("x.npy", npy((20, 1000, 1000), bytes(100)))
+        archive.writestr("y.npy", npy((20,), bytes(20)))
+    with refused(r"array x declares shape \(20, 1000, 1000\) but holds 100 bytes; save it anew"):
         load(f"npz:{path}")
 
 
-def test_resizing_beyond_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resizing_beyond_memory_is_refused(monkeypatch):
     monkeypatch.setattr("n2n_fast.training.datasets._memory_bytes", lambda: 10**9)
-    with pytest.raises(
-        BadInput, match=r"digits: 1\.8 GB are needed .*half of memory is 0\.5 GB; use a smaller --image"
-    ):
+    with refused(r"digits: 1\.8 GB are needed .*half of memory is 0\.5 GB; use a smaller --image"):
         load("digits", image_size=1000)

@@ -1,7 +1,6 @@
 """Training, norm statistics and latency of one student."""
 
 import itertools
-import math
 import subprocess
 import sys
 
@@ -101,10 +100,8 @@ def test_recalibration_leaves_a_net_without_norms_alone():
     assert recalibrate(model, untouched) is model
 
 
-def test_latency_is_a_finite_number_of_milliseconds():
-    value = latency_ms(network(), torch.zeros(2, 1, 6, 6), seconds=0.02)
-    assert 0 < value < 1e4
-    assert math.isfinite(value)
+def test_latency_is_a_number_of_milliseconds():
+    assert 0 < latency_ms(network(), torch.zeros(2, 1, 6, 6), seconds=0.02) < 1e4
 
 
 def test_seeded_puts_the_state_back():
@@ -118,15 +115,18 @@ def test_seeded_puts_the_state_back():
         assert torch.equal(torch.rand(1), inside)
 
 
-def test_the_learning_rate_climbs_and_falls():
-    rates = [distill._scheduled(0.5, step, 100) for step in range(1, 101)]
+def test_the_learning_rate_climbs_and_falls(monkeypatch):
+    rates, step = [], distill.TrainingStep.__call__
+    monkeypatch.setattr(
+        distill.TrainingStep, "__call__", lambda s, *batch: rates.append(float(s.rate)) or step(s, *batch)
+    )
+    train(network(), batches(separable(), epochs=8), learning_rate=0.5)
     peak = rates.index(max(rates))
-    assert 18 <= peak <= 21
+    assert peak == pytest.approx(len(rates) / 5, abs=1)
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert 0.49 < rates[peak] <= 0.5
+    assert 0.48 < rates[peak] <= 0.5
     assert 0 < rates[-1] < 1e-3
-    assert 0 < distill._scheduled(0.5, 1, 1) <= 0.5
 
 
 @pytest.mark.parametrize("amx", [True, False])

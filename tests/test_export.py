@@ -1,6 +1,5 @@
 """A student in other formats: what is written computes what the student computes."""
 
-import builtins
 import shutil
 import sys
 
@@ -8,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from n2n_fast.cli import export, main
+from command_line import output, refusal
+from n2n_fast.cli import export
 from n2n_fast.cli.export import fold_batch_norms
 from n2n_fast.files.errors import BadInput
 from n2n_fast.search.result import load_student
@@ -31,8 +31,12 @@ def images(count, channels=1):
     return torch.randn(count, channels, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def session(path):
-    return pytest.importorskip("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+@pytest.fixture
+def session():
+    """Opens a file of ONNX."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    return lambda path: runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
 @torch.no_grad()
@@ -69,9 +73,8 @@ def test_state_dict(run):
 
 
 @pytest.mark.parametrize("fold", [False, True])
-def test_onnx(run, fold):
+def test_onnx(run, session, fold):
     onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
     written = export.export(run, "onnx", opset=18, fold_bn=fold)
     model = onnx.load(written.path)
     assert written.opset == 18 == next(part.version for part in model.opset_import if part.domain == "")
@@ -82,15 +85,13 @@ def test_onnx(run, fold):
     assert [path.name for path in run.glob("export*")] == ["export.onnx"]  # the weights are in it
 
 
-def test_onnx_of_a_static_batch(run):
-    pytest.importorskip("onnxscript")
+def test_onnx_of_a_static_batch(run, session):
     path = export.export(run, "onnx", static_batch=4).path
     assert session(path).get_inputs()[0].shape == [4, 1, 8, 8]
 
 
+@pytest.mark.usefixtures("session")
 def test_an_opset_that_cannot_be_had_is_refused(run):
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
     with pytest.raises(BadInput, match="opset"):
         export.export(run, "onnx", opset=5)
     assert not list(run.glob("*export*"))
@@ -164,57 +165,35 @@ def test_a_file_that_computes_something_else_is_not_kept(run, monkeypatch):
     assert not list(run.glob("*export*"))
 
 
-def invoke(monkeypatch, capsys, *args):
-    monkeypatch.setattr(sys, "argv", ["n2n-fast", "export", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        main.main()
-    output = capsys.readouterr()
-    return stop.value.code, output.out, output.err
-
-
-def test_the_command_tells_what_it_wrote(run, monkeypatch, capsys):
-    code, out, err = invoke(monkeypatch, capsys, run, "--to", "pt2", "--out", run / "mine.pt2")
-    assert code == 0, err
-    assert (run / "mine.pt2").exists()
+def test_the_command_tells_what_it_wrote(run):
+    out = output("export", run, "--to", "pt2", "--out", run / "mine.pt2")
     for told in (f"{(run / 'mine.pt2').stat().st_size / 1e6:.3f} MB", "latency, 64 images", "largest difference"):
         assert told in out
 
 
 @pytest.mark.parametrize(
-    ("args", "expected"),
+    ("options", "expected"),
     [
-        (("--to", "pt2", "--opset", "18"), "--opset"),
-        (("--to", "state-dict", "--fold-bn"), "--to pt2 or onnx"),
-        (("--to", "state-dict", "--static-batch", "2"), "--to pt2 or onnx"),
-        (("--to", "pt2", "--out", "student.pt"), "exists already"),
-        (("--to", "pt2", "--out", "nowhere/x.pt2"), "cannot be written"),
-        (("--to", "pt2", "--static-batch", "0"), "--static-batch"),
-        (("--to", "coreml"), "coreml"),
-        ((), "--to"),
+        ("--to pt2 --opset 18", "--opset"),
+        ("--to state-dict --fold-bn", "--to pt2 or onnx"),
+        ("--to state-dict --static-batch 2", "--to pt2 or onnx"),
+        ("--to pt2 --out student.pt", "exists already"),
+        ("--to pt2 --out nowhere/x.pt2", "cannot be written"),
+        ("--to pt2 --static-batch 0", "--static-batch"),
+        ("--to coreml", "coreml"),
+        ("", "--to"),
     ],
 )
-def test_bad_options_are_one_line_and_exit_code_2(run, monkeypatch, capsys, args, expected):
+def test_bad_options_are_one_line_and_exit_code_2(run, monkeypatch, options, expected):
     monkeypatch.chdir(run)
-    code, _, err = invoke(monkeypatch, capsys, run, *args)
-    assert (code, err.count("\n")) == (2, 1)
-    assert expected in err
+    assert expected in refusal("export", run, *options.split())
 
 
-def test_what_is_no_run_is_refused(tmp_path, monkeypatch, capsys):
-    code, _, err = invoke(monkeypatch, capsys, tmp_path, "--to", "pt2")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "finished run" in err
+def test_what_is_no_run_is_refused(tmp_path):
+    assert "finished run" in refusal("export", tmp_path, "--to", "pt2")
 
 
-def test_without_onnx(run, monkeypatch, capsys):
-    original = builtins.__import__
-
-    def refuse(module, *args, **kwargs):
-        if module.split(".")[0] == "onnx":
-            raise ImportError("No module named 'onnx'", name="onnx")
-        return original(module, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    code, _, err = invoke(monkeypatch, capsys, run, "--to", "onnx")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "pip install 'n2n_fast[onnx]'" in err
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_without_onnx(run, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"--to onnx needs {package}: pip install 'n2n_fast[onnx]'" in refusal("export", run, "--to", "onnx")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -12,10 +13,12 @@ import torch
 
 import hostile
 import n2n_fast
+from command_line import invoke, output
 from n2n_fast.cli import main
 from n2n_fast.search.config import SETTINGS
 from n2n_fast.training.distill import seeded
-from n2n_fast.training.teachers import create, load_state_dict_file, train_teacher
+from n2n_fast.training.teacher_files import load_teacher
+from n2n_fast.training.teachers import create, train_teacher
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures by /proc")]
 SECONDS, BYTES = 10, 2 << 30
@@ -38,18 +41,10 @@ def teacher(place):
     return place / "teacher.pt"
 
 
-def run(*arguments):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["n2n-fast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main.main()
-    return stop.value.code
-
-
 @pytest.fixture(scope="module")
 def finished(place, teacher):
     """The directory of a finished run."""
-    assert run("run", "--teacher", teacher, *CHEAP, *SHORT, "--stages", "shrinkage", "--out", place / "finished") == 0
+    output("run", "--teacher", teacher, *CHEAP, *SHORT, "--stages", "shrinkage", "--out", place / "finished")
     return place / "finished"
 
 
@@ -58,7 +53,7 @@ def cut_off(place, teacher):
     """The directory of a run that was stopped in the training of stage 1's best student."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main.Bar, "stopping", lambda self: self._name.startswith("training the best") and self._done > 9)
-        assert run("run", "--teacher", teacher, *CHEAP, *SHORT, "--out", place / "cut_off") == 130
+        assert invoke("run", "--teacher", teacher, *CHEAP, *SHORT, "--out", place / "cut_off")[0] == 130
     assert (place / "cut_off" / "training.pt").exists()
     return place / "cut_off"
 
@@ -104,14 +99,24 @@ def ended_well(line):
     )
 
 
-def written(folder, files):
-    """Paths of files with these contents, in an order that no name of theirs disturbs."""
+def written(folder, files, *command):
+    """Commands on files with these contents, whose paths an order settles that no name of theirs disturbs."""
     folder.mkdir()
-    paths = {}
+    commands = {}
     for number, (name, content) in enumerate(files.items()):
-        paths[name] = folder / f"{number}.pt"
-        paths[name].write_bytes(content)
-    return paths
+        (folder / f"{number}.pt").write_bytes(content)
+        commands[name] = (*command[:-1], f"{command[-1]}{folder / f'{number}.pt'}")
+    return commands
+
+
+def in_copies(folder, run, file, files, *command):
+    """Commands on copies of a run, in each of which a file has one of these contents."""
+    commands = {}
+    for number, (name, content) in enumerate(files.items()):
+        copy = shutil.copytree(run, folder / str(number))
+        (copy / file).write_bytes(content)
+        commands[name] = (*command, copy)
+    return commands
 
 
 def test_payloads_are_live(tmp_path, finished):
@@ -127,102 +132,79 @@ def test_payloads_are_live(tmp_path, finished):
     assert marker.exists()
 
 
-def test_teachers(suffer, place, teacher):
-    files = hostile.teachers(load_state_dict_file(teacher), place / "marker")
-    assert len(files) > 70
-    suffer({name: ("run", "--teacher", path) for name, path in written(place / "teachers", files).items()})
-
-
 def test_legacy_files_and_wrapped_states_are_still_read(tmp_path, teacher):
     state = torch.load(teacher, weights_only=True)
     wrapped = {"epoch": 3, "best": 0.5, "state_dict": state, "classes": ("a", "b"), "optimizer": {"lr": [0.1]}}
     torch.save(wrapped, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     torch.save(wrapped, tmp_path / "new.pt")
     for name in ("old.pt", "new.pt"):
-        assert all(torch.equal(value, state[key]) for key, value in load_state_dict_file(tmp_path / name).items())
+        assert all(torch.equal(value, state[key]) for key, value in load_teacher(tmp_path / name).state_dict().items())
+
+
+def test_teachers(suffer, place, teacher):
+    files = hostile.teachers(torch.load(teacher, weights_only=True), place / "marker")
+    assert len(files) > 60
+    suffer(written(place / "teachers", files, "run", "--teacher", ""))
 
 
 def test_data_sets(suffer, place, teacher):
     files = hostile.data_sets(place / "marker")
     assert len(files) > 35
-    paths = written(place / "sets", files)
-    suffer({name: ("run", "--teacher", teacher, "--data", f"npz:{path}") for name, path in paths.items()})
+    suffer(written(place / "sets", files, "run", "--teacher", teacher, "--data", "npz:"))
 
 
 def test_policies(suffer, place, teacher, finished):
-    policies = torch.load(finished / "policies.pt", weights_only=True)
-    held = policies["shrinkage"]
+    policy = torch.load(finished / "policies.pt", weights_only=True)["shrinkage"]
+    changes = {"NaN": lambda v: v * float("nan"), "complex": lambda v: v.to(torch.complex64), "int": lambda v: v.int()}
+    changes |= {"of lists": lambda _: [1.0], "of another size": lambda v: v[:1]}
     files = {
         **hostile.torch_files((finished / "policies.pt").read_bytes(), place / "marker"),
-        "NaN": hostile.saved({"shrinkage": {key: value * float("nan") for key, value in held.items()}}),
-        "complex": hostile.saved({"shrinkage": {key: value.to(torch.complex64) for key, value in held.items()}}),
-        "int": hostile.saved({"shrinkage": {key: value.int() for key, value in held.items()}}),
+        **{n: hostile.saved({"shrinkage": {k: f(v) for k, v in policy.items()}}) for n, f in changes.items()},
         "of text": hostile.saved({"shrinkage": "text"}),
-        "of lists": hostile.saved({"shrinkage": {key: [1.0] for key in held}}),
-        "of another size": hostile.saved({"shrinkage": {key: value[:1] for key, value in held.items()}}),
     }
-    paths = written(place / "policies", files)
-    command = ("run", "--teacher", teacher, *CHEAP, "--stages", "shrinkage", "--policy")
-    suffer({name: (*command, path) for name, path in paths.items()})
+    command = ("run", "--teacher", teacher, *CHEAP, "--stages", "shrinkage", "--policy", "")
+    suffer(written(place / "policies", files, *command))
 
 
 def test_students(suffer, place, finished):
     files = hostile.students((finished / "student.pt2").read_bytes(), place / "marker")
     assert len(files) > 80
-    runs = {
-        name: hostile.copy_run(finished, place / "students" / str(number), {"student.pt2": content})
-        for number, (name, content) in enumerate(files.items())
-    }
-    suffer({name: ("evaluate", path) for name, path in runs.items()})
+    suffer(in_copies(place / "students", finished, "student.pt2", files, "evaluate"))
 
 
 def test_configurations_of_students(suffer, place, finished):
     config = json.loads((finished / "config.json").read_text())
-    cases = {name: {**config, "data": {**config["data"], **part}} for name, part in hostile.configurations(place)}
+    cases = {name: {**config, "data": {**config["data"], **part}} for name, part in hostile.configurations()}
     files = {name: json.dumps(case).encode() for name, case in cases.items()}
     files |= {"empty": b"", "deep": b"[" * 100_000, "a list": b"[]", "no utf-8": b"\xff", "half": b'{"data": {'}
-    runs = {
-        name: hostile.copy_run(finished, place / "configurations" / str(number), {"config.json": content})
-        for number, (name, content) in enumerate(files.items())
-    }
-    suffer({name: ("evaluate", path) for name, path in runs.items()})
-
-
-def resumed(place, run_directory, files):
-    """Command lines that resume copies of a run, in each of which some files are replaced."""
-    place.mkdir()
-    copies = (hostile.copy_run(run_directory, place / str(i), part) for i, part in enumerate(files.values()))
-    return {name: ("run", "--resume", path) for name, path in zip(files, copies, strict=True)}
+    suffer(in_copies(place / "configurations", finished, "config.json", files, "evaluate"))
 
 
 def test_a_run_that_was_cut_off_goes_on(place, cut_off):
     """What the hostile ones below are made of is good."""
-    assert run("run", "--resume", hostile.copy_run(cut_off, place / "good", {})) == 0
+    output("run", "--resume", shutil.copytree(cut_off, place / "good"))
 
 
 def test_checkpoints(suffer, place, cut_off):
-    content = (cut_off / "checkpoint.pt").read_bytes()
-    held = torch.load(cut_off / "checkpoint.pt", weights_only=True)
-    files = hostile.torch_files(content, place / "marker")
-    files |= {name: hostile.saved(case) for name, case in hostile.checkpoints(held)}
+    good = torch.load(cut_off / "checkpoint.pt", weights_only=True)
+    files = hostile.torch_files((cut_off / "checkpoint.pt").read_bytes(), place / "marker")
+    files |= {name: hostile.saved(case) for name, case in hostile.checkpoints(good)}
     assert len(files) > 120
-    suffer(resumed(place / "checkpoints", cut_off, {n: {"checkpoint.pt": c} for n, c in files.items()}))
+    suffer(in_copies(place / "checkpoints", cut_off, "checkpoint.pt", files, "run", "--resume"))
 
 
 def test_trainings(suffer, place, cut_off):
-    held = torch.load(cut_off / "training.pt", weights_only=True)
-    files = dict(hostile.torch_code(place / "marker"))
-    files |= {name: hostile.saved(case) for name, case in hostile.trainings(held)}
-    suffer(resumed(place / "trainings", cut_off, {n: {"training.pt": c} for n, c in files.items()}))
+    good = torch.load(cut_off / "training.pt", weights_only=True)
+    files = hostile.torch_code(place / "marker")
+    files |= {name: hostile.saved(case) for name, case in hostile.trainings(good)}
+    suffer(in_copies(place / "trainings", cut_off, "training.pt", files, "run", "--resume"))
 
 
 def test_commands_of_runs(suffer, place, cut_off):
     config = json.loads((cut_off / "config.json").read_text())
     cases = hostile.commands(config["command"], place / "marker")
-    files = {name: {**config, "command": {**config["command"], **part}} for name, part in cases}
-    cases = [(name, value) for name in SETTINGS for value in hostile.VALUES if (name, value) != ("seed", -7)]
-    files |= {f"{name} of {str(value)[:9]!r}": {**config, name: value} for name, value in cases}
-    commands = resumed(
-        place / "commands", cut_off, {n: {"config.json": json.dumps(c).encode()} for n, c in files.items()}
-    )
-    suffer(commands)
+    cases = {name: {**config, "command": {**config["command"], **part}} for name, part in cases}
+    settings = [(name, value) for name in SETTINGS for value in hostile.VALUES if (name, value) != ("seed", -7)]
+    cases |= {f"{name} of {str(value)[:9]!r}": {**config, name: value} for name, value in settings}
+    files = {name: json.dumps(case).encode() for name, case in cases.items()}
+    suffer(in_copies(place / "commands", cut_off, "config.json", files, "run", "--resume"))

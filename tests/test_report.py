@@ -1,6 +1,5 @@
 """Reading a run back, its picture, page and scalars."""
 
-import builtins
 import json
 import re
 import shutil
@@ -11,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from n2n_fast.cli import main, report
+from command_line import refusal
+from n2n_fast.cli import report
 from n2n_fast.cli.progress import Bar, Curves
-from n2n_fast.cli.report import Stage, read_run
+from n2n_fast.cli.report import best_so_far, read_run
 from n2n_fast.files.errors import BadInput
 from n2n_fast.search.reinforce import Rollout
 from n2n_fast.search.result import load_student
@@ -25,82 +25,70 @@ def run(tiny_run, tmp_path):
     return shutil.copytree(tiny_run, tmp_path / "run")
 
 
-@pytest.fixture
-def without(monkeypatch):
-    """Make a package look as if it were not installed."""
-
-    def hide(name):
-        for module in [m for m in sys.modules if m.split(".")[0] == name or m.startswith(f"torch.utils.{name}")]:
-            monkeypatch.delitem(sys.modules, module)
-        original = builtins.__import__
-
-        def refuse(module, *args, **kwargs):
-            if module.split(".")[0] == name or module.startswith(f"torch.utils.{name}"):
-                raise ImportError(name)
-            return original(module, *args, **kwargs)
-
-        monkeypatch.setattr(builtins, "__import__", refuse)
-
-    return hide
+def rollouts(run):
+    lines = map(json.loads, (run / "history.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "rollout"]
 
 
-def lines(run):
-    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+def as_rollout(line):
+    return Rollout(**{field.name: line[field.name] for field in fields(Rollout)})
 
 
-def keep(run, *names):
-    """Leave only these files in a run directory."""
+def unfinished(run, history):
+    """Leave only a history in a run directory, this one."""
     for path in run.iterdir():
-        if path.name not in names:
-            path.unlink()
+        path.unlink()
+    (run / "history.jsonl").write_bytes(history)
 
 
-def test_predictors_stand_where_they_learned(tiny_run):
-    for stage in read_run(tiny_run).stages:
-        by_anchors, by_finals = stage.predictors[:3], stage.predictors[3:]
-        assert [done for done, _ in by_anchors] == [0, 0, 3]  # after anchors 3 and 4, and the one of update 1
-        assert [line["count"] for _, line in by_anchors] == [3, 4, 5]
-        assert all(done == 6 for done, _ in by_finals)
-        assert stage.name == "shrinkage" or not by_finals
-        assert stage.predictors[-1][1]["error"] is not None
+# What is read
 
 
-def test_the_front_is_the_one_that_the_search_wrote(run):
-    pytest.importorskip("matplotlib")
-    front = {"params": [{**point, "architecture": f"a{n}"} for n, point in enumerate(read_run(run).front["params"])]}
-    assert front["params"]
-    (run / "front.json").write_text(json.dumps({**front, "macs": front["params"]}))
-    page = report.write_report(run)[1].read_text()
-    for point in front["params"]:
-        row = (point["stage"], point["architecture"], f"{point['params']:,}", f"{point['macs']:,}")
-        assert page.count("".join(f"<td>{cell}</td>" for cell in (*row, f"{point['accuracy']:.2%}"))) == 2
+def test_the_predictor_learns_between_rollouts(tiny_run):
+    removal, shrinkage = read_run(tiny_run).stages
+    for stage in (removal, shrinkage):
+        assert [line["count"] for line in stage.of("predictor")][:3] == [3, 4, 5]
+        assert stage.correction().startswith("corrected by ")
+    assert removal.learned() == [0, 3]  # after the anchors, and after the one of update 1
+    assert set(shrinkage.learned()) >= {0, 3}
 
 
 def test_the_best_so_far_prefers_the_feasible():
-    rewards = [(None, -1.0, False), (0.9, 0.8, False), (0.5, 0.3, True), (0.9, 0.7, False), (0.9, 0.6, True)]
-    rollouts = [dict(zip(("predicted_accuracy", "reward", "feasible"), line, strict=True)) for line in rewards]
-    assert Stage("removal", rollouts).best() == [None, 0.8, 0.3, 0.3, 0.6]
+    rewards = [(0.8, False), (0.3, True), (0.7, False), (0.6, True)]
+    assert best_so_far({"reward": reward, "feasible": ok} for reward, ok in rewards) == [0.8, 0.3, 0.3, 0.6]
 
 
 def test_layers_stand_as_they_are_in_the_student(tiny_run):
-    layers = read_run(tiny_run).layers
+    layers = {layer["name"]: layer for layer in read_run(tiny_run).layers}
     state = load_student(tiny_run).state_dict()
-    weights = {name[: -len(".weight")]: weight for name, weight in state.items() if name.endswith(".weight")}
+    weights = {name.removesuffix(".weight"): weight for name, weight in state.items() if name.endswith(".weight")}
     assert weights
-    for layer in layers:
-        if layer.name in weights:
-            assert layer.kept
-            assert layer.channels == len(weights[layer.name])
-            assert layer.channels <= layer.teacher_channels
-            assert layer.kernel == tuple(weights[layer.name].shape[2:])
-        elif layer.kind in ("conv", "linear"):
-            assert not layer.kept
-    assert {layer.name for layer in layers} >= set(weights)
+    for name, weight in weights.items():
+        assert layers[name]["kept"]
+        assert layers[name]["channels"][1] == len(weight) <= layers[name]["channels"][0]
+        assert tuple(layers[name]["kernel"][1]) == tuple(weight.shape[2:])
+    gone = [layer for name, layer in layers.items() if name not in weights and layer["kind"] in ("conv", "linear")]
+    assert not any(layer["kept"] for layer in gone)
+
+
+def test_what_is_no_run_is_refused(run, tmp_path):
+    with pytest.raises(BadInput, match=r"no history\.jsonl"):
+        read_run(tmp_path)
+    for history, text in ((b'{"kind": "rollout"}\n', r"history\.jsonl: not written"), (b"", "nothing was evaluated")):
+        unfinished(run, history)
+        with pytest.raises(BadInput, match=text):
+            read_run(run)
+
+
+# What is drawn
 
 
 def test_report(run):
     pytest.importorskip("matplotlib")
     image = pytest.importorskip("PIL.Image")
+    front = {"params": [{**point, "architecture": f"a{n}"} for n, point in enumerate(read_run(run).front["params"])]}
+    assert front["params"]
+    (run / "front.json").write_text(json.dumps({**front, "macs": front["params"]}))
     png, page = report.write_report(run)
     assert (png, page) == (run / "report.png", run / "report.html")
     with image.open(png) as drawn:
@@ -111,48 +99,35 @@ def test_report(run):
     for shown in (f"{table['student']['params']:,}", f"{table['student']['test_accuracy']:.2%}", "removed", "conv1"):
         assert shown in text
     assert text.count("trained fully") > 2
+    for point in front["params"]:
+        row = (point["stage"], point["architecture"], f"{point['params']:,}", f"{point['macs']:,}")
+        assert text.count("".join(f"<td>{cell}</td>" for cell in (*row, f"{point['accuracy']:.2%}"))) == 2
 
 
-@pytest.mark.parametrize("count", [1, 9, 14])
-def test_report_of_an_unfinished_run(run, count):
+def drawn_unfinished(run):
     pytest.importorskip("matplotlib")
-    keep(run, "history.jsonl", "config.json")
-    whole = (run / "history.jsonl").read_bytes().splitlines(keepends=True)
-    (run / "history.jsonl").write_bytes(b"".join(whole[:count]) + whole[count][:20])
     png, page = report.write_report(run)
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "not finished" in page.read_text()
 
 
+@pytest.mark.parametrize("count", [1, 9, 14])
+def test_report_of_an_unfinished_run(run, count):
+    lines = (run / "history.jsonl").read_bytes().splitlines(keepends=True)
+    unfinished(run, b"".join(lines[:count]) + lines[count][:20])
+    drawn_unfinished(run)
+
+
 def test_report_of_students_that_all_failed(run):
-    pytest.importorskip("matplotlib")
-    keep(run, "history.jsonl")
-    rollout = next(line for line in lines(run) if line["kind"] == "rollout")
     none = dict.fromkeys(("architecture", "params", "macs", "short_accuracy", "predicted_accuracy", "accuracy_error"))
-    failed = {**rollout, **none, "reward": -1.0, "feasible": False, "error": "cannot meet"}
-    (run / "history.jsonl").write_text(f"{json.dumps(failed)}\n" * 3)
-    assert report.write_report(run)[0].read_bytes().startswith(b"\x89PNG")
+    failed = {**rollouts(run)[0], **none, "reward": -1.0, "feasible": False, "error": "cannot meet"}
+    unfinished(run, f"{json.dumps(failed)}\n".encode() * 3)
+    drawn_unfinished(run)
 
 
-def test_what_is_no_run_is_refused(run, tmp_path):
-    with pytest.raises(BadInput, match=r"no history\.jsonl"):
-        read_run(tmp_path)
-    (run / "history.jsonl").write_text('{"kind": "rollout"}\n')
-    with pytest.raises(BadInput, match=r"history\.jsonl: not written"):
-        read_run(run)
-    (run / "history.jsonl").write_text("")
-    with pytest.raises(BadInput, match="nothing was evaluated"):
-        read_run(run)
-
-
-def test_without_matplotlib(run, without, monkeypatch, capsys):
-    without("matplotlib")
-    monkeypatch.setattr(sys, "argv", ["n2n-fast", "report", str(run)])
-    with pytest.raises(SystemExit) as stop:
-        main.main()
-    err = capsys.readouterr().err
-    assert (stop.value.code, err.count("\n")) == (2, 1)
-    assert "pip install 'n2n_fast[plot]'" in err
+def test_without_matplotlib(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install 'n2n_fast[plot]'" in refusal("report", run)
     told = []
     report.draw_if_possible(run, told.append)
     assert told == []
@@ -165,6 +140,9 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path):
     report.draw_if_possible(tmp_path, told.append)
     assert len(told) == 1
     assert "history.jsonl" in told[0]
+
+
+# TensorBoard
 
 
 class Events:
@@ -185,41 +163,32 @@ def test_tensorboard_gets_each_rollout_as_it_comes(run, tmp_path, monkeypatch):
     writer = types.ModuleType("torch.utils.tensorboard")
     writer.SummaryWriter = Events
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writer)
-    rollouts = [line for line in lines(run) if line["kind"] == "rollout"]
-    known = {field.name for field in fields(Rollout)}
-    (tmp_path / "new").mkdir()
-    with Bar(True, Curves(tmp_path / "new", 3)) as bar:
-        assert not (tmp_path / "new" / "tensorboard").exists()  # a directory that turns out to be no run's stays clean
-        for line in rollouts:
+    with Bar(True, Curves(tmp_path, 3)) as bar:
+        assert not (tmp_path / "tensorboard").exists()  # a directory that turns out to be no run's stays clean
+        for line in rollouts(run):
             bar.phase(line["stage"], 6)
-            bar.rollout(Rollout(**{name: value for name, value in line.items() if name in known}), None, None)
-    held = json.loads((tmp_path / "new" / "tensorboard" / "scalars.json").read_text())
+            bar.rollout(as_rollout(line), None, None)
+    scalars = json.loads((tmp_path / "tensorboard" / "scalars.json").read_text())
     for stage in ("removal", "shrinkage"):
-        rewards = [line["reward"] for line in rollouts if line["stage"] == stage]
-        assert held[f"{stage}/reward"] == [[step, reward] for step, reward in enumerate(rewards, 1)]
-        assert {"params", "macs"} <= {tag.split("/")[1] for tag in held if tag.startswith(stage)}
+        rewards = [line["reward"] for line in rollouts(run) if line["stage"] == stage]
+        assert scalars[f"{stage}/reward"] == [[step, reward] for step, reward in enumerate(rewards, 1)]
+        assert {"params", "macs"} <= {tag.split("/")[1] for tag in scalars if tag.startswith(stage)}
 
 
 def test_tensorboard_can_be_read(tmp_path, run):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    line = next(line for line in lines(run) if line["kind"] == "rollout")
-    curves = Curves(tmp_path, 3)
-    curves.add(Rollout(**{field.name: line[field.name] for field in fields(Rollout)}))
+    curves, line = Curves(tmp_path, 3), rollouts(run)[0]
+    curves.add(as_rollout(line))
     curves.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.value for event in events.Scalars("removal/reward")] == pytest.approx([line["reward"]])
 
 
-def test_without_tensorboard(tmp_path, without, monkeypatch, capsys):
-    without("tensorboard")
+def test_without_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["n2n-fast", "run", "--tensorboard", "--out", "here"])
-    with pytest.raises(SystemExit) as stop:
-        main.main()
-    err = capsys.readouterr().err
-    assert (stop.value.code, err.count("\n")) == (2, 1)
-    assert "pip install tensorboard" in err
+    assert "pip install tensorboard" in refusal("run", "--tensorboard", "--out", "here")
     assert not (tmp_path / "here").exists()

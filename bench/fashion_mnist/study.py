@@ -57,7 +57,7 @@ from n2n_fast.search.config import PAPER
 from n2n_fast.search.evaluation import Evaluator
 from n2n_fast.search.teacher import restored
 from n2n_fast.search.transition import Transition
-from n2n_fast.training import teachers
+from n2n_fast.training import teacher_files, teachers
 from n2n_fast.training.batches import Batches, TeacherLogits
 from n2n_fast.training.data import accuracy
 from n2n_fast.training.distill import recalibrate, seeded, train
@@ -98,7 +98,7 @@ def trained_teacher(directory, name):
     """The teacher, which its piece must have trained."""
     if not teacher_file(name).exists():
         teach(directory, name)
-    return teachers.load_teacher(teacher_file(name))
+    return teacher_files.load_teacher(teacher_file(name))
 
 
 @functools.cache

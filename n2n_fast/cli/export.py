@@ -4,14 +4,15 @@ import contextlib
 import functools
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from n2n_fast.files.errors import BadInput, first_line, raise_device_fault
@@ -66,25 +67,32 @@ def export(
     """
     out = run / f"export{SUFFIXES[to]}" if out is None else out
     _check(to, out, opset, static_batch, fold_bn)
-    student, worked_on = load_student(run).cpu(), load_student(run).cpu()
-    norms, folded = _norms(student), fold_batch_norms(worked_on) if fold_bn else 0
+    student, changed = _student(run), _student(run)
+    norms, folded = len(_norms(student)), fold_batch_norms(changed) if fold_bn else 0
     aside = out.with_name(f".{out.name}.new")
     try:
         aside.touch()
     except OSError as error:
         raise BadInput(f"{out}: cannot be written ({error.strerror}); give another --out") from None
     try:
-        written = _write(worked_on, to, aside, opset, static_batch)
-        forward = _reader(run, to, aside)
+        if to == "onnx":
+            forward, opset = _onnx(changed, aside, opset, static_batch)
+        else:
+            forward = _pt2(changed, aside, static_batch) if to == "pt2" else _state_dict(changed, aside)
         difference = _compared(student, forward, static_batch)
         size = aside.stat().st_size
         latencies = _latencies(student, forward, static_batch)
         aside.replace(out)
     finally:
         aside.unlink(missing_ok=True)
-    return Exported(
-        out, static_batch, norms, folded, written, difference, latencies, size, (run / "student.pt2").stat().st_size
-    )
+    student_size = (run / "student.pt2").stat().st_size
+    return Exported(out, static_batch, norms, folded, opset, difference, latencies, size, student_size)
+
+
+def _student(run: Path) -> fx.GraphModule:
+    student = load_student(run).cpu()
+    assert isinstance(student, fx.GraphModule)
+    return student
 
 
 def _check(to: str, out: Path, opset: int | None, static_batch: int | None, fold_bn: bool) -> None:
@@ -102,45 +110,50 @@ def _check(to: str, out: Path, opset: int | None, static_batch: int | None, fold
             raise BadInput(f"--to onnx needs {error.name or 'onnx'}: pip install 'n2n_fast[onnx]'") from None
 
 
-# Writing
+# The formats: each function writes a file and gives what that computes, read as its readers will read it
 
 
-def _write(student: nn.Module, to: str, path: Path, opset: int | None, static_batch: int | None) -> int | None:
-    """Write the student; the opset that it has, if it is ONNX."""
-    if to == "state-dict":
-        torch.save(student.state_dict(), path)
-        return None
-    program = exported_program(student, _images(student, static_batch or 2), any_batch=static_batch is None)
-    if to == "pt2":
-        file = io.BytesIO()  # torch.export.save goes by the name's ending
-        torch.export.save(program, file)
-        path.write_bytes(file.getvalue())
-        return None
-    return _write_onnx(program, path, opset)
+def _pt2(student: fx.GraphModule, path: Path, static_batch: int | None) -> Forward:
+    file = io.BytesIO()  # torch.export.save goes by the name's ending
+    torch.export.save(_program(student, static_batch), file)
+    path.write_bytes(file.getvalue())
+    return torch.export.load(io.BytesIO(path.read_bytes())).module()
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, opset: int | None) -> int:
+def _state_dict(student: fx.GraphModule, path: Path) -> Forward:
+    torch.save(student.state_dict(), path)
+    with torch.no_grad():
+        for tensor in student.state_dict().values():
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+    student.load_state_dict(torch.load(path, weights_only=True))
+    return student
+
+
+def _onnx(student: fx.GraphModule, path: Path, opset: int | None, static_batch: int | None) -> tuple[Forward, int]:
+    """What the file computes, and its opset."""
     import onnx
+    import onnxruntime
 
+    program = _program(student, static_batch)
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    how: dict[str, Any] = {"dynamo": True, "external_data": False, "verbose": False, "opset_version": opset}
     try:
         with _quiet():
-            torch.onnx.export(
-                program,
-                f=str(path),
-                input_names=["images"],
-                output_names=["logits"],
-                opset_version=opset,
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
+            torch.onnx.export(program, f=str(path), **names, **how)
     except Exception as error:  # noqa: BLE001 - an exporter fails in many ways
         raise_device_fault(error)
         raise BadInput(f"torch.onnx does not take this student ({first_line(error)}); give --to pt2") from None
-    held = next(part.version for part in onnx.load(path).opset_import if part.domain in ("", "ai.onnx"))
-    if opset not in (None, held):
-        raise BadInput(f"--opset {opset}: this student cannot be written so; {held} can be had")
-    return int(held)
+    written = next(part.version for part in onnx.load(path).opset_import if part.domain in ("", "ai.onnx"))
+    if opset not in (None, written):
+        raise BadInput(f"--opset {opset}: this student cannot be written so; {written} can be had")
+    options: Any = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session: Any = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), int(written)
+
+
+def _program(student: fx.GraphModule, static_batch: int | None) -> torch.export.ExportedProgram:
+    return exported_program(student, _images(student, static_batch or 2), any_batch=static_batch is None)
 
 
 @contextlib.contextmanager
@@ -156,34 +169,11 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-# Reading back
-
-
-def _reader(run: Path, to: str, path: Path) -> Forward:
-    """What the written file computes, read by who will read it."""
-    if to == "onnx":
-        return _onnx_reader(path)
-    if to == "pt2":
-        return torch.export.load(io.BytesIO(path.read_bytes())).module()
-    student = load_student(run).cpu()
-    with torch.no_grad():
-        for tensor in student.state_dict().values():
-            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
-    student.load_state_dict(torch.load(path, weights_only=True))
-    return student
-
-
-def _onnx_reader(path: Path) -> Forward:
-    import onnxruntime
-
-    options: Any = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session: Any = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+# What is written, beside the student
 
 
 @torch.no_grad()
-def _compared(student: nn.Module, forward: Forward, static_batch: int | None) -> float:
+def _compared(student: fx.GraphModule, forward: Forward, static_batch: int | None) -> float:
     """The largest difference of logits; BadInput where it is too large."""
     worst = largest = 0.0
     for count in (*BATCHES, 3) if static_batch is None else (static_batch,):
@@ -197,7 +187,7 @@ def _compared(student: nn.Module, forward: Forward, static_batch: int | None) ->
 
 
 @torch.no_grad()
-def _latencies(student: nn.Module, forward: Forward, static_batch: int | None) -> dict[int, tuple[float, float]]:
+def _latencies(student: fx.GraphModule, forward: Forward, static_batch: int | None) -> dict[int, tuple[float, float]]:
     """Images -> ms of the student and of the file, by as many threads of the CPU.
 
     Each is the least of some medians, taken by turns, so that what else the machine does falls on both or on neither.
@@ -214,9 +204,9 @@ def _latencies(student: nn.Module, forward: Forward, static_batch: int | None) -
     return found
 
 
-def _images(student: nn.Module, count: int) -> Tensor:
+def _images(student: fx.GraphModule, count: int) -> Tensor:
     """Standard normal images (count, C, H, W) as the student takes them, always the same."""
-    value = next(node for node in _graph(student).nodes if node.op == "placeholder").meta["val"]
+    value = next(node for node in student.graph.nodes if node.op == "placeholder").meta["val"]
     generator = torch.Generator().manual_seed(0)
     return torch.randn(count, *value.shape[1:], generator=generator).to(value.dtype)
 
@@ -224,82 +214,56 @@ def _images(student: nn.Module, count: int) -> Tensor:
 # Folding
 
 
-def fold_batch_norms(student: nn.Module) -> int:
+def fold_batch_norms(student: fx.GraphModule) -> int:
     """Fold each batch norm into the convolution or linear layer whose output it alone reads; how many were.
 
     student: as `load_student` gives it, changed in place.
     """
-    graph = _graph(student)
-    folded = 0
-    for norm in _norm_nodes(graph):
-        before = norm.args[0]
-        if _can_fold(student, before, norm):
-            _fold(student, before, norm)
-            folded += 1
-    graph.eliminate_dead_code()
-    for node in [node for node in graph.nodes if node.op == "get_attr" and not node.users]:
-        graph.erase_node(node)
-    if isinstance(student, fx.GraphModule):
-        student.delete_all_unused_submodules()
-        student.recompile()
+    folded = sum(_fold(student, norm) for norm in _norms(student))
+    student.graph.eliminate_dead_code()
+    student.delete_all_unused_submodules()
+    student.recompile()
     return folded
 
 
-def _norms(student: nn.Module) -> int:
-    return len(_norm_nodes(_graph(student)))
+def _norms(student: fx.GraphModule) -> list[Any]:
+    return [node for node in student.graph.nodes if node.target == aten.batch_norm.default and node.args[5] is False]
 
 
-def _norm_nodes(graph: fx.Graph) -> list[Any]:
-    return [node for node in graph.nodes if node.target == aten.batch_norm.default and node.args[5] is False]
+@torch.no_grad()
+def _fold(student: fx.GraphModule, norm: Any) -> bool:
+    """Put the norm's scale and shift into the weight and bias of the layer before it; False where that cannot be."""
+    layer = norm.args[0]
+    if not _can_fold(student, layer, norm):
+        return False
+    scale, shift, mean, variance = (_value(student, node) for node in norm.args[1:5])
+    weight, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
+    fused = fuse_conv_bn_weights(
+        _value(student, weight), _value(student, bias), mean, variance, norm.args[7], scale, shift
+    )
+    if bias is None:
+        with student.graph.inserting_before(weight):
+            bias = student.graph.create_node("get_attr", f"{weight.target}_folded_bias")
+        layer.args = (*layer.args[:2], bias, *layer.args[3:])
+    for node, value in zip((weight, bias), fused, strict=True):
+        path, _, name = str(node.target).rpartition(".")
+        student.get_submodule(path).register_parameter(name, value)
+    norm.replace_all_uses_with(layer)
+    student.graph.erase_node(norm)
+    return True
 
 
-def _can_fold(student: nn.Module, layer: Any, norm: Any) -> bool:
+def _can_fold(student: fx.GraphModule, layer: Any, norm: Any) -> bool:
     """Whether the norm alone reads the layer, and the layer alone its weights."""
     if layer.target not in FOLDABLE or list(layer.users) != [norm]:
         return False
     weights = [node for node in layer.args[1:3] if node is not None]
     if not all(isinstance(node, fx.Node) and node.op == "get_attr" and list(node.users) == [layer] for node in weights):
         return False
-    held = [_value(student, node).data_ptr() for node in _graph(student).nodes if node.op == "get_attr"]
-    return all(held.count(_value(student, node).data_ptr()) == 1 for node in weights)
+    places = [_value(student, node).data_ptr() for node in student.graph.nodes if node.op == "get_attr"]
+    return all(places.count(_value(student, node).data_ptr()) == 1 for node in weights)
 
 
-@torch.no_grad()
-def _fold(student: nn.Module, layer: Any, norm: Any) -> None:
-    """Put the norm's scale and shift into the layer's weight and bias, which it is given if it has none."""
-    scale, shift, mean, variance = (_optional(student, node) for node in norm.args[1:5])
-    weight, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
-    fused = fuse_conv_bn_weights(
-        _value(student, weight), _optional(student, bias), mean, variance, norm.args[7], scale, shift
-    )
-    if bias is None:
-        graph = _graph(student)
-        with graph.inserting_before(weight):
-            bias = graph.create_node("get_attr", f"{weight.target}_folded_bias")
-        layer.args = (*layer.args[:2], bias, *layer.args[3:])
-    for node, value in zip((weight, bias), fused, strict=True):
-        owner, name = _place(student, node)
-        owner.register_parameter(name, value)
-    norm.replace_all_uses_with(layer)
-    _graph(student).erase_node(norm)
-
-
-def _place(student: nn.Module, node: Any) -> tuple[nn.Module, str]:
-    """The submodule that holds what a node gets, and its name there."""
-    path, _, name = str(node.target).rpartition(".")
-    return student.get_submodule(path), name
-
-
-def _value(student: nn.Module, node: Any) -> Tensor:
-    owner, name = _place(student, node)
-    value: Tensor = getattr(owner, name)
-    return value
-
-
-def _optional(student: nn.Module, node: Any) -> Any:
-    return None if node is None else _value(student, node)
-
-
-def _graph(student: nn.Module) -> fx.Graph:
-    graph: Any = student.graph
-    return cast("fx.Graph", graph)
+def _value(student: fx.GraphModule, node: Any) -> Any:
+    """The tensor that a node gets; None for no node."""
+    return None if node is None else operator.attrgetter(str(node.target))(student)

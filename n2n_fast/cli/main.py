@@ -37,7 +37,7 @@ from n2n_fast.search.plan import plan
 from n2n_fast.search.reinforce import compress, read_policies
 from n2n_fast.search.result import Result, load_student
 from n2n_fast.search.workers import Workers
-from n2n_fast.training import teachers
+from n2n_fast.training import teacher_files, teachers
 from n2n_fast.training.data import ImageData, accuracy
 from n2n_fast.training.datasets import load
 
@@ -112,25 +112,12 @@ quiet_option = option("--quiet", "Show no progress, only warnings and the result
 run_argument = click.argument("directory", metavar="RUN", type=FILE)
 
 
-def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if wanted:
-        click.echo(version())
-        context.exit()
-
-
 @click.group(
     cls=Group,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-@click.option(
-    "--version",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_version,
-    help="Show the version, and what was built.",
-)
+@click.version_option(message=version(), help="Show the version, and what was built.")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Compress a trained CNN into a much smaller one by N2N learning.
@@ -178,9 +165,11 @@ def run(context: click.Context, /, **options: Any) -> int:
     Without --teacher a small ResNet is trained on the data first. --resume DIR needs no other options. n2n-fast run
     --help-all shows every option and setting.
     """
-    config = _config(context, options)
+    defaults = {**PROTOCOLS[options["protocol"]], **(DIGITS_DEFAULTS if options["data"] == DIGITS else {})}
+    config = SearchConfig(**{**defaults, **given_settings(context)})
     start, out = time.perf_counter(), options["resume"] or options["out"] or _free_directory()
     curves = Curves(out, config.rollouts) if options["tensorboard"] else None
+    workers = _workers(options)
     if options["policy"] is not None:
         read_policies(options["policy"])  # before a teacher is trained, and in a dry run
     model, images = _teacher_and_data(options, config.seed)
@@ -190,7 +179,7 @@ def run(context: click.Context, /, **options: Any) -> int:
         return 0
     with Bar(options["quiet"], curves) as bar:
         try:
-            result = _search(model, images, config, out, bar, options)
+            result = _search(model, images, config, out, bar, workers, options)
         except Interrupted as stopped:  # here, since click knows a KeyboardInterrupt alone
             click.echo(f"interrupted; go on with: n2n-fast run --resume {stopped}", err=True)
             return INTERRUPTED
@@ -198,22 +187,20 @@ def run(context: click.Context, /, **options: Any) -> int:
     return _conclude(result, options["json"], time.perf_counter() - start)
 
 
-def _config(context: click.Context, options: dict[str, Any]) -> SearchConfig:
-    """The settings that were given, over those that suit the protocol and the data."""
-    defaults = {**PROTOCOLS[options["protocol"]], **(DIGITS_DEFAULTS if options["data"] == DIGITS else {})}
-    return SearchConfig(**{**defaults, **given_settings(context)})
-
-
 def _search(
-    model: nn.Module, images: ImageData, config: SearchConfig, out: Path, bar: Bar, options: dict[str, Any]
+    model: nn.Module,
+    images: ImageData,
+    config: SearchConfig,
+    out: Path,
+    bar: Bar,
+    workers: Workers | None,
+    options: dict[str, Any],
 ) -> Result:
-    noted = {name: _plain(value) for name, value in options.items() if name not in (*OF_ONE_CALL, *SETTINGS)}
-    resume, policies, workers = options["resume"] is not None, options["policy"], _workers(options)
+    command = {name: _plain(value) for name, value in options.items() if name not in (*OF_ONE_CALL, *SETTINGS)}
+    more = {"resume": options["resume"] is not None, "policies": options["policy"]}
     try:
         with bar.stops_by_signals():
-            return compress(
-                model, images, config, out, bar, resume=resume, policies=policies, workers=workers, command=noted
-            )
+            return compress(model, images, config, out, bar, **more, workers=workers, command=command)
     except DeviceFault as fault:
         if not (out / "config.json").is_file():
             raise
@@ -251,7 +238,7 @@ def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, Im
         model = teachers.create("digits_resnet", images.classes, 1, seed=seed)
         model = _teach(model, images, options["quiet"], epochs=DIGITS_TEACHER_EPOCHS, seed=seed)
     else:
-        model = teachers.load_teacher(file, options["arch"], allow_pickle=options["allow_pickle"])
+        model = teacher_files.load_teacher(file, options["arch"], allow_pickle=options["allow_pickle"])
         images = _load(options, seed, teachers.input_channels(model))
     teachers.check_fits(model.to(options["device"]), images)
     return model, images
@@ -328,7 +315,7 @@ def _inspected(options: dict[str, Any]) -> tuple[nn.Module, torch.Tensor]:
         return None if data is None else load(data, image_size=size, channels=channels)
 
     if file is not None:
-        model = teachers.load_teacher(file, arch, allow_pickle=options["allow_pickle"])
+        model = teacher_files.load_teacher(file, arch, allow_pickle=options["allow_pickle"])
         images = given(teachers.input_channels(model))
     elif arch is not None:
         images = given(teachers.usual_channels(arch))

@@ -189,20 +189,20 @@ def _help_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     """Show the help with every option, each setting with its default and what it may be."""
     if not wanted:
         return
-    hidden = [copy.copy(param) for param in context.command.params if getattr(param, "hidden", False)]
+    hidden = [copy.copy(param) for param in context.command.params if isinstance(param, Option) and param.hidden]
     formatter = context.make_formatter()
-    for title, of_setting in (
-        ("More options", False),
-        ("Settings, by --set name=value too; for the digits some defaults differ", True),
+    for title, params in (
+        ("More options", [param for param in hidden if param.name not in SETTINGS]),
+        (
+            "Settings, by --set name=value too; for the digits some defaults differ",
+            [param for param in hidden if param.name in SETTINGS],
+        ),
     ):
-        rows = []
-        for param in hidden:
-            param.hidden = False  # type: ignore[attr-defined]
-            if (param.name in SETTINGS) == of_setting:
-                rows.append(param.get_help_record(context))
-        if rows:
+        for param in params:
+            param.hidden = False
+        if params:
             with formatter.section(title):
-                formatter.write_dl([row for row in rows if row is not None])
+                formatter.write_dl(list(filter(None, (param.get_help_record(context) for param in params))))
     click.echo(f"{context.get_help()}\n\n{formatter.getvalue().rstrip()}")
     context.exit()
 
@@ -238,7 +238,7 @@ def _take(context: click.Context, values: dict[str, Any]) -> None:
 def _of_toml(path: Path, command: click.Command) -> dict[str, Any]:
     """By parameter what a file of TOML says of a command's options."""
     known = {param.long_name: param for param in command.params if isinstance(param, Option)}
-    found = {}
+    values = {}
     for key, value in _toml(path).items():
         param = known.get(key.replace("_", "-"))
         if param is None or param.name in NOT_IN_FILES:
@@ -248,33 +248,30 @@ def _of_toml(path: Path, command: click.Command) -> dict[str, Any]:
             )
         if isinstance(value, dict):
             raise BadInput(f"{path}: {key}: a table; options stand at the top of the file")
-        found[str(param.name)] = _as_given(param, value)
-    return found
+        values[str(param.name)] = _as_given(param, value)
+    return values
 
 
-def _toml(path: Path) -> dict[str, Any]:
-    text = path.read_bytes()
+def _toml(path: Path) -> Any:
     try:
-        tomllib: Any = importlib.import_module("tomllib")
-        found: dict[str, Any] = tomllib.loads(text.decode())
+        return importlib.import_module("tomllib").loads(path.read_text(encoding="utf-8"))
     except ImportError:
         raise BadInput(f"{path}: TOML needs Python 3.11; give a run's config.json, or use {PREFIX}<OPTION>") from None
     except ValueError as error:  # of TOML and of UTF-8
         raise BadInput(f"{path}: not TOML ({first_line(error)})") from None
-    return found
 
 
 def _of_run(path: Path, context: click.Context, resume: bool = False) -> dict[str, Any]:
     """The options and settings that a run was made with, by its config.json."""
     try:
-        held = parse_json(path.read_text(encoding="utf-8"))
-        command = held.get("command")
-        values = {**(command or {}), **{name: held[name] for name in SETTINGS}}
-        params = [param for param in context.command.params if isinstance(param, Option)]
-        found = {
-            str(param.name): _as_given(param, _checked(param, values[str(param.name)]))
-            for param in params
-            if param.name not in OF_ONE_CALL and (param.callback is _parsed or values.get(str(param.name)) is not None)
+        settings = parse_json(path.read_text(encoding="utf-8"))
+        command = settings.get("command")
+        values = {**(command or {}), **{name: settings[name] for name in SETTINGS}}
+        known = {str(param.name): param for param in context.command.params if isinstance(param, Option)}
+        noted = {
+            name: _as_given(param, _checked(param, values[name]))
+            for name, param in known.items()
+            if name not in OF_ONE_CALL and (param.callback is _parsed or values.get(name) is not None)
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = first_line(error)
@@ -282,8 +279,8 @@ def _of_run(path: Path, context: click.Context, resume: bool = False) -> dict[st
     if resume and not isinstance(command, dict):
         raise BadInput(f"{path.parent}: was not begun by n2n-fast run; go on from Python, compress(resume=True)")
     context.meta["run"] = path
-    found.pop("out", None)
-    return found
+    noted.pop("out", None)  # another run's directory
+    return noted
 
 
 def _checked(option: Option, value: Any) -> Any:

@@ -7,8 +7,7 @@ import base64
 import html
 import io
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -24,6 +23,7 @@ Axes = Any  # matplotlib's; it is imported only where something is drawn
 SHORT, PREDICTED, ERROR = "short_accuracy", "predicted_accuracy", "accuracy_error"  # of a rollout's line
 TRAINED = "full_accuracy"  # of the line of an anchor or of a fully trained student
 COSTS = {"params": "params", "macs": "MACs"}
+REMOVED = "removed"
 DRAWN_KINDS = ("conv", "depthwise", "linear")
 INK, GREY, LIGHT, ACCENT = "#1a1a1a", "#767676", "#c9c9c9", "#1f5fa8"
 MARKERS = {"removal": "o", "shrinkage": "s"}
@@ -43,48 +43,42 @@ tr.removed td { color: #767676; text-decoration: line-through }
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage's lines of history.jsonl. predictors: how many rollouts were done when one learned, and its line."""
+    """One stage's lines of history.jsonl."""
 
     name: str
-    rollouts: list[Line] = field(default_factory=list)
-    anchors: list[Line] = field(default_factory=list)
-    finals: list[Line] = field(default_factory=list)
-    predictors: list[tuple[int, Line]] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
 
-    def best(self) -> list[float | None]:
-        """After each rollout the reward of the best so far, feasible before infeasible; None: nothing evaluated yet."""
-        none = False, -math.inf
-        ranks = ((line["feasible"], line["reward"]) if line[PREDICTED] is not None else none for line in self.rollouts)
-        return [None if reward == -math.inf else reward for _, reward in accumulate(ranks, max)]
+    def of(self, *kinds: str) -> list[Line]:
+        """The lines of these kinds: rollout, anchor, predictor, final."""
+        return [line for line in self.lines if line["kind"] in kinds]
 
-    def trained(self) -> list[Line]:
-        """The students trained fully, as anchors or at the end."""
-        return [line for line in (*self.anchors, *self.finals) if line[TRAINED] is not None]
+    def learned(self) -> list[int]:
+        """How many rollouts were done when the predictor learned."""
+        done = accumulate(line["kind"] == "rollout" for line in self.lines)
+        return sorted({count for count, line in zip(done, self.lines, strict=True) if line["kind"] == "predictor"})
 
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer of the teacher, and what the student has of it. Channels: of its output; None: it has none."""
-
-    name: str
-    kind: str
-    kept: bool
-    teacher_channels: int | None
-    channels: int | None
-    teacher_kernel: tuple[int, ...]
-    kernel: tuple[int, ...]
+    def correction(self) -> str:
+        """What corrects the stage's accuracies, by the last predictor, in words."""
+        last = (self.of("predictor") or [{}])[-1]
+        if not last.get("count"):
+            return "too few anchors to correct accuracies"
+        error = last.get("error")
+        return f"corrected by {last['count']} anchors" + ("" if error is None else f", {100 * error:.1f} points off")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory. table, front: of result.json and front.json; None, and no layers, until the run is finished."""
+    """A run directory. table, front: of result.json and front.json; None, and no layers, until the run is finished.
+
+    layers: of the teacher: name, kind, whether the student has it, and in teacher and student the channels and kernel.
+    """
 
     path: Path
     stages: list[Stage]
     settings: Line
     table: Line | None
     front: dict[str, list[Line]] | None
-    layers: list[Layer]
+    layers: list[Line]
 
 
 def read_run(path: Path) -> Run:
@@ -92,19 +86,19 @@ def read_run(path: Path) -> Run:
     if not (path / "history.jsonl").is_file():
         raise BadInput(f"{path}: no history.jsonl in it; give the directory of a run")
     stages = _read(path / "history.jsonl", _stages)
-    if not any(stage.rollouts or stage.anchors for stage in stages):
+    if not any(stage.of("rollout", "anchor") for stage in stages):
         raise BadInput(f"{path}: nothing was evaluated in this run yet")
-    table, front, layers = (
-        _read(path / name, read) if (path / name).exists() else None
-        for name, read in (("result.json", parse_json), ("front.json", parse_json), ("architecture.json", _layers))
-    )
-    settings = _read(path / "config.json", parse_json) if (path / "config.json").exists() else {}
-    return Run(path, stages, settings, table, front, layers or [])
+    settings = _read(path / "config.json", parse_json) or {}
+    table, front = (_read(path / name, parse_json) for name in ("result.json", "front.json"))
+    return Run(path, stages, settings, table, front, _read(path / "architecture.json", _layers) or [])
 
 
 def _read(path: Path, read: Callable[[bytes], Any]) -> Any:
+    """What `read` makes of a file; None where there is none."""
     try:
         return read(path.read_bytes())
+    except FileNotFoundError:
+        return None
     except (KeyError, TypeError, ValueError):
         raise BadInput(f"{path}: not written by n2n-fast run") from None
 
@@ -114,26 +108,25 @@ def _stages(content: bytes) -> list[Stage]:
     for text in content.splitlines(keepends=True):
         if not text.endswith(b"\n"):  # the last one may be half written
             break
-        line = parse_json(text)
-        stage = stages.setdefault(line["stage"], Stage(line["stage"]))
-        if line["kind"] == "predictor":
-            stage.predictors.append((len(stage.rollouts), line))
-        elif line["kind"] in ("rollout", "anchor", "final"):
-            {"rollout": stage.rollouts, "anchor": stage.anchors, "final": stage.finals}[line["kind"]].append(line)
+        line = {"kind": None, **parse_json(text)}
+        stages.setdefault(line["stage"], Stage(line["stage"])).lines.append(line)
     return list(stages.values())
 
 
-def _layers(content: bytes) -> list[Layer]:
+def _layers(content: bytes) -> list[Line]:
     """The first stage's layers beside what the last stage left of them, which knows only those that were kept."""
     stages = [dict(zip(stage["layers"], stage["sizes"], strict=True)) for stage in parse_json(content)]
     layers = []
-    for name, size in stages[0].items() if stages else ():
-        after = stages[-1].get(name, {**size, "kept": False})
-        (before, _), (kernel, _) = size["channels"], size["kernel"]
-        kept = size["kept"] and after["kept"]
-        sizes = (before, after["channels"][1], tuple(kernel), tuple(after["kernel"][1]))
-        layers.append(Layer(name, size["kind"], kept, *sizes))
+    for name, first in stages[0].items() if stages else ():
+        last = stages[-1].get(name, {**first, "kept": False})
+        sizes = {size: (first[size][0], last[size][1]) for size in ("channels", "kernel")}
+        layers.append({"name": name, "kind": first["kind"], "kept": first["kept"] and last["kept"], **sizes})
     return layers
+
+
+def best_so_far(rollouts: Iterable[Line]) -> list[float]:
+    """After each rollout that gave an accuracy the reward of the best, feasible before infeasible."""
+    return [reward for _, reward in accumulate(((line["feasible"], line["reward"]) for line in rollouts), max)]
 
 
 def write_report(path: Path) -> list[Path]:
@@ -172,45 +165,41 @@ def _can_draw() -> bool:
 
 
 def _picture(run: Run) -> bytes:
-    """A run as one PNG."""
+    """A run as one PNG: rewards, costs and predictions, a row each, and the layers; at the right, table and legends."""
     from matplotlib.figure import Figure
 
-    layers = [layer for layer in run.layers if layer.kind in DRAWN_KINDS and layer.teacher_channels]
-    figure: Any = Figure(figsize=(16, 12.5 + 4.5 * bool(layers)), dpi=100, layout="constrained")
+    layers = [layer for layer in run.layers if layer["kind"] in DRAWN_KINDS and layer["channels"][0]]
+    first, last = run.stages[0].name, run.stages[-1].name  # a single stage takes both columns
+    panels = [[f"reward of {first}", f"reward of {last}", "table"], [*COSTS, "legend of costs"]]
+    panels += [[f"prediction of {first}", f"prediction of {last}", "legend of predictions"]]
+    panels += [["layers"] * 3] if layers else []
+    figure: Any = Figure(figsize=(16, 17 if layers else 12.5), dpi=100, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
-    parts = figure.subfigures(2, height_ratios=(12.5, 4.5)) if layers else [figure]
-    _panels(parts[0], run)
+    axes = figure.subplot_mosaic(panels, width_ratios=(3, 3, 2))
+    for stage in run.stages:
+        _draw_rewards(axes[f"reward of {stage.name}"], stage)
+        _draw_predictions(axes[f"prediction of {stage.name}"], stage)
+    for by in COSTS:
+        _draw_costs(axes[by], run, by)
+    table = "not finished yet" if run.table is None else result_table(run.table)
+    axes["table"].set_axis_off()
+    axes["table"].text(0, 1, table, family="monospace", fontsize=SMALL, va="top", ha="left", linespacing=1.6)
+    for row in panels[1:3]:
+        _put_legend(axes[row[2]], [axes[name] for name in row[:2]])
     if layers:
-        _draw_layers(parts[1].add_subplot(), layers)
+        _draw_layers(axes["layers"], layers)
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": "n2n-fast"})
     return file.getvalue()
 
 
-def _panels(figure: Any, run: Run) -> None:
-    """Rewards, costs and predictions, a row each; beside them the table and the legends."""
-    grid = figure.add_gridspec(3, 3, width_ratios=(3, 3, 2))
-
-    def row(number: int, count: int) -> list[Axes]:
-        columns = [slice(0, 2)] if count == 1 else [slice(0, 1), slice(1, 2)]
-        return [figure.add_subplot(grid[number, column]) for column in columns]
-
-    rows = [row(0, len(run.stages)), row(1, 2), row(2, len(run.stages))]
-    for stage, rewards, predictions in zip(run.stages, rows[0], rows[2], strict=True):
-        _draw_rewards(rewards, stage)
-        _draw_predictions(predictions, stage)
-    for axes, by in zip(rows[1], COSTS, strict=True):
-        _draw_costs(axes, run, by)
-    beside = [figure.add_subplot(grid[number, 2]) for number in range(3)]
-    table = "not finished yet" if run.table is None else result_table(run.table)
-    beside[0].text(0, 1, table, family="monospace", fontsize=SMALL, va="top", ha="left", linespacing=1.6)
-    for axes, panels in zip(beside, ([], *rows[1:]), strict=True):
-        axes.set_axis_off()
-        entries = {
-            label: handle for of in panels for handle, label in zip(*of.get_legend_handles_labels(), strict=True)
-        }
-        if entries:
-            axes.legend(entries.values(), entries.keys(), loc="upper left", fontsize=SMALL, frameon=False)
+def _put_legend(place: Axes, panels: Iterable[Axes]) -> None:
+    """One legend for several panels, in a place of its own."""
+    place.set_axis_off()
+    entries = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    place.legend(entries.values(), entries.keys(), loc="upper left", fontsize=SMALL, frameon=False)
 
 
 def _style(axes: Axes, title: str, x: str, y: str, shares: Sequence[Any] = ()) -> None:
@@ -238,20 +227,21 @@ def _scatter(axes: Axes, points: Iterable[tuple[Any, Any]], label: str, **style:
 def _draw_rewards(axes: Axes, stage: Stage) -> None:
     """Each rollout's reward and the best so far; degenerate ones at the edge; lines where the predictor learned."""
     _style(axes, f"{stage.name}: reward", "rollouts", "reward")
-    lines = list(enumerate(stage.rollouts, 1))
-    for feasible, marker, color, label in (
-        (True, "o", ACCENT, "rollout"),
-        (False, "x", GREY, "rollout, misses a limit"),
+    rollouts = list(enumerate(stage.of("rollout"), 1))
+    evaluated = [(n, line) for n, line in rollouts if line[PREDICTED] is not None]
+    for feasible, label, style in (
+        (True, "rollout", {"marker": "o", "color": ACCENT}),
+        (False, "rollout, misses a limit", {"marker": "x", "color": GREY}),
     ):
-        chosen = [(n, x["reward"]) for n, x in lines if x[PREDICTED] is not None and x["feasible"] == feasible]
-        _scatter(axes, chosen, label, marker=marker, s=18, color=color, alpha=0.75)
-    failed = [(n, 0.02) for n, line in lines if line[PREDICTED] is None]
+        chosen = [(n, line["reward"]) for n, line in evaluated if line["feasible"] == feasible]
+        _scatter(axes, chosen, label, s=18, alpha=0.75, **style)
+    failed = [(n, 0.02) for n, line in rollouts if line[PREDICTED] is None]
     _scatter(axes, failed, "degenerate (−1, off the scale)", marker="v", s=22, facecolor="none", edgecolor=GREY,
              transform=axes.get_xaxis_transform())  # fmt: skip
-    best = [(n, reward) for n, reward in enumerate(stage.best(), 1) if reward is not None]
-    if best:
-        axes.step(*zip(*best, strict=True), where="post", color=INK, linewidth=1.6, label="best so far")
-    for i, done in enumerate(sorted({done for done, _ in stage.predictors})):
+    if evaluated:
+        best = best_so_far(line for _, line in evaluated)
+        axes.step([n for n, _ in evaluated], best, where="post", color=INK, linewidth=1.6, label="best so far")
+    for i, done in enumerate(stage.learned()):
         label = "" if i else "predictor learned"
         axes.axvline(done + 0.5, color=GREY, linestyle=":", linewidth=1.4, label=label)
     if axes.get_legend_handles_labels()[0]:
@@ -262,83 +252,60 @@ def _draw_costs(axes: Axes, run: Run, by: str) -> None:
     """Accuracy against params or MACs: predicted and trained students, the front, the teacher, the final student."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    title, accuracy = f"validation accuracy against {COSTS[by]}", "validation accuracy"
-    _style(axes, title, COSTS[by], accuracy, [axes.yaxis])
+    _style(axes, f"validation accuracy against {COSTS[by]}", COSTS[by], "validation accuracy", [axes.yaxis])
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # 50 k, 2 M
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     for stage in run.stages:
         marker = MARKERS.get(stage.name, "o")
-        predicted = [(line[by], line[PREDICTED]) for line in stage.rollouts if line[PREDICTED] is not None]
+        predicted = [(line[by], line[PREDICTED]) for line in stage.of("rollout") if line[PREDICTED] is not None]
         _scatter(axes, predicted, f"{stage.name}: accuracy only predicted", marker=marker, s=20, linewidth=0.9,
                  facecolor="none", edgecolor=GREY)  # fmt: skip
-        trained = [(line[by], line[TRAINED]) for line in stage.trained()]
+        trained = [(line[by], line[TRAINED]) for line in stage.of("anchor", "final") if line[TRAINED] is not None]
         _scatter(axes, trained, f"{stage.name}: trained fully", marker=marker, s=34, color=ACCENT)
     if run.front:
-        front = [(point[by], point["accuracy"]) for point in run.front[by]]
-        axes.step(
-            *zip(*front, strict=True), where="post", color=INK, linewidth=1.2, linestyle="--", label="Pareto front"
-        )
-    for part, marker, size in (("teacher", "*", 230), ("student", "D", 110)) if run.table else ():
-        point = run.table[part][by], run.table[part]["validation_accuracy"]  # type: ignore[index]
-        _scatter(axes, [point], part, marker=marker, s=size, facecolor="none", edgecolor=INK, linewidth=1.6, zorder=5)
+        front = zip(*((point[by], point["accuracy"]) for point in run.front[by]), strict=True)
+        axes.step(*front, where="post", color=INK, linewidth=1.2, linestyle="--", label="Pareto front")
+    for name, marker, size in (("teacher", "*", 230), ("student", "D", 110)) if run.table else ():
+        point = run.table[name][by], run.table[name]["validation_accuracy"]  # type: ignore[index]
+        _scatter(axes, [point], name, marker=marker, s=size, facecolor="none", edgecolor=INK, linewidth=1.6, zorder=5)
 
 
 def _draw_predictions(axes: Axes, stage: Stage) -> None:
     """What accuracies after a few steps were taken to mean, with the error then, and what anchors came to."""
-    _style(axes, f"{stage.name}: {_corrected(stage)}", "accuracy after a few steps", "accuracy after a full training",
+    _style(axes, f"{stage.name}: {stage.correction()}", "accuracy after a few steps", "accuracy after a full training",
            [axes.xaxis, axes.yaxis])  # fmt: skip
-    predicted = [line for line in stage.rollouts if line[PREDICTED] is not None]
+    predicted = [line for line in stage.of("rollout") if line[PREDICTED] is not None]
     if predicted:
         x, y, error = zip(*((line[SHORT], line[PREDICTED], line[ERROR] or 0.0) for line in predicted), strict=True)
         axes.errorbar(x, y, error, fmt="o", markersize=3, color=GREY, ecolor=LIGHT, label="rollout, ± standard error")
-    anchors = [(line[SHORT], line[TRAINED]) for line in stage.anchors if None not in (line[SHORT], line[TRAINED])]
+    anchors = [(line[SHORT], line[TRAINED]) for line in stage.of("anchor") if None not in (line[SHORT], line[TRAINED])]
     _scatter(axes, anchors, "anchor, trained", marker="o", s=42, color=ACCENT, zorder=4)
     if predicted or anchors:
         low, high = axes.get_xlim()
         axes.plot([low, high], [low, high], color=GREY, linestyle="--", linewidth=1, label="no change")
 
 
-def _corrected(stage: Stage) -> str:
-    """What corrects a stage's accuracies, by the last predictor."""
-    last = stage.predictors[-1][1] if stage.predictors else {}
-    if not last.get("count"):
-        return "too few anchors to correct accuracies"
-    error = last.get("error")
-    return f"corrected by {last['count']} anchors" + ("" if error is None else f", {100 * error:.1f} points off")
-
-
-def _draw_layers(axes: Axes, layers: Sequence[Layer]) -> None:
+def _draw_layers(axes: Axes, layers: Sequence[Line]) -> None:
     """Teacher and student side by side: an outline as high as the teacher's layer is wide, a bar for the student's."""
-    _style(axes, "convolutions and linear layers, teacher and student (channels; above: kernel)", "", "output channels")
+    _style(axes, "convolutions and linear layers, teacher and student", "", "output channels")
     numbers = range(len(layers))
-    heights = [layer.teacher_channels or 0 for layer in layers]
     axes.set_yscale("log", base=2)
+    heights = [layer["channels"][0] for layer in layers]
     axes.bar(numbers, heights, width=0.8, facecolor="none", edgecolor=INK, linewidth=0.8, label="teacher")
-    widths = [layer.channels if layer.kept else 0 for layer in layers]
+    widths = [layer["channels"][1] if layer["kept"] else 0 for layer in layers]
     axes.bar(numbers, widths, width=0.56, color=ACCENT, label="student")
-    gone = [(n, 0.06) for n, layer in enumerate(layers) if not layer.kept]
-    _scatter(axes, gone, "removed", marker="x", s=40, color=INK, transform=axes.get_xaxis_transform())
-    size = max(4.5, min(SMALL, 900 / len(layers)))
+    removed = [(n, 0.06) for n, layer in enumerate(layers) if not layer["kept"]]
+    _scatter(axes, removed, REMOVED, marker="x", s=40, color=INK, transform=axes.get_xaxis_transform())
     shown = slice(None, None, 1 + len(layers) // 130)
-    axes.set_xticks(numbers[shown], [layer.name for layer in layers[shown]], rotation=90, fontsize=size)
-    above = axes.secondary_xaxis("top")
-    kernels = ["→".join(_kernels(layer)) for layer in layers[shown]]
-    above.set_xticks(numbers[shown], kernels, rotation=90 if len(layers) > 24 else 0, fontsize=size)
-    above.spines["top"].set_visible(False)
-    above.tick_params(length=0)
+    size = max(4.5, min(SMALL, 900 / len(layers)))
+    axes.set_xticks(numbers[shown], [layer["name"] for layer in layers[shown]], rotation=90, fontsize=size)
     axes.set_xlim(-0.6, len(layers) - 0.4)
     axes.set_ylim(1, 2 * max(heights))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
     axes.grid(visible=False, axis="x")
     axes.legend(fontsize=SMALL, framealpha=0.9, ncols=3, loc="upper left")
-
-
-def _kernels(layer: Layer) -> list[str]:
-    """The kernel's size in the teacher, and in the student where that is another: "3×3", "1×1"."""
-    sizes = [layer.teacher_kernel, *([layer.kernel] if layer.kept and layer.kernel != layer.teacher_kernel else [])]
-    return ["×".join(map(str, size)) for size in sizes]
 
 
 # The page
@@ -347,60 +314,63 @@ def _kernels(layer: Layer) -> list[str]:
 def _page(run: Run, drawn: bytes) -> str:
     """A run as one HTML page that needs no other file."""
     title = html.escape(f"n2n_fast: {run.path.resolve().name}")
-    parts = [f"<h1>{title}</h1>"]
+    body = [f"<h1>{title}</h1>"]
     if run.table is None:
-        parts.append("<p>This run is not finished yet.</p>")
+        body.append("<p>This run is not finished yet.</p>")
     else:
-        parts += ["<h2>Teacher and student</h2>", _html_table(result_rows(run.table))]
+        body += ["<h2>Teacher and student</h2>", _html_table(result_rows(run.table))]
     source = base64.b64encode(drawn).decode()
-    parts.append(f'<img alt="rewards, accuracies and layers of the run" src="data:image/png;base64,{source}">')
+    body.append(f'<img alt="rewards, accuracies and layers of the run" src="data:image/png;base64,{source}">')
     for by, points in (run.front or {}).items():
-        parts += [f"<h2>Pareto front: accuracy against {COSTS[by]}</h2>", _html_table(_front_rows(points))]
+        body += [f"<h2>Pareto front: accuracy against {COSTS[by]}</h2>", _html_table(_front_rows(points))]
     for stage in run.stages:
-        parts += [f"<h2>Anchors of {html.escape(stage.name)}</h2>", f"<p>Accuracies are {_corrected(stage)}.</p>"]
-        parts.append(_html_table(_anchor_rows(stage)))
+        body += [f"<h2>Anchors of {html.escape(stage.name)}</h2>", f"<p>Accuracies are {stage.correction()}.</p>"]
+        body.append(_html_table(_anchor_rows(stage)))
     if run.layers:
-        parts += ["<h2>Layers</h2>", _html_table(_layer_rows(run.layers), [not layer.kept for layer in run.layers])]
+        body += ["<h2>Layers</h2>", _html_table(_layer_rows(run.layers))]
     settings = html.escape(json.dumps(run.settings, indent=2))
-    parts.append(f"<details><summary>Settings</summary><pre>{settings}</pre></details>")
-    body = "\n".join(parts)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
+    body.append(f"<details><summary>Settings</summary><pre>{settings}</pre></details>")
+    return "\n".join([
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
+        f"<style>{STYLE}</style></head>\n<body>",
+        *body,
+        "</body></html>\n",
+    ])  # fmt: skip
 
 
-def _html_table(rows: Rows, removed: Sequence[bool] = ()) -> str:
-    """Rows as a table, the first one as its head. removed: rows to be struck out, one a row without the head."""
-    head, *body = (tuple(html.escape(cell) for cell in row) for row in rows)
-    lines = ["<table>", "<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
-    for i, row in enumerate(body):
-        mark = ' class="removed"' if removed and removed[i] else ""
-        lines.append(f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>")
-    return "\n".join([*lines, "</table>"])
+def _html_table(rows: Rows) -> str:
+    """Rows as a table, the first one as its head; those of removed layers are struck out."""
+    lines = []
+    for number, row in enumerate(rows):
+        tag = "td" if number else "th"
+        start = '<tr class="removed">' if REMOVED in row else "<tr>"
+        lines.append(start + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>")
+    return "\n".join(["<table>", *lines, "</table>"])
+
+
+def _sizes(line: Mapping[str, Any]) -> tuple[str, str, str]:
+    return line["architecture"], f"{line['params']:,}", f"{line['macs']:,}"
 
 
 def _front_rows(points: Iterable[Line]) -> Rows:
     rows: Rows = [("stage", "architecture", "params", "MACs", "validation accuracy", "")]
-    for p in points:
-        known = "trained fully" if p["trained"] else "predicted"
-        accuracy = percent(p["accuracy"])
-        rows.append((p["stage"], p["architecture"], f"{p['params']:,}", f"{p['macs']:,}", accuracy, known))
+    for point in points:
+        known = "trained fully" if point["trained"] else "predicted"
+        rows.append((point["stage"], *_sizes(point), percent(point["accuracy"]), known))
     return rows
 
 
 def _anchor_rows(stage: Stage) -> Rows:
-    rows: Rows = [("architecture", "params", "MACs", "after a few steps", "trained fully")]
-    for line in stage.anchors:
-        accuracies = (percent(line[SHORT]), percent(line[TRAINED]))
-        rows.append((line["architecture"], f"{line['params']:,}", f"{line['macs']:,}", *accuracies))
-    return rows
+    head = ("architecture", "params", "MACs", "after a few steps", "trained fully")
+    anchors = stage.of("anchor")
+    return [head, *((*_sizes(line), percent(line[SHORT]), percent(line[TRAINED])) for line in anchors)]
 
 
-def _layer_rows(layers: Iterable[Layer]) -> Rows:
+def _layer_rows(layers: Iterable[Line]) -> Rows:
     rows: Rows = [("layer", "kind", "channels, teacher", "student", "kernel, teacher", "student")]
     for layer in layers:
-        width = str(layer.channels or "") if layer.kept else "removed"
-        kernels = ("×".join(map(str, size)) for size in (layer.teacher_kernel, layer.kernel if layer.kept else ()))
-        rows.append((layer.name, layer.kind, str(layer.teacher_channels or ""), width, *kernels))
+        before, after = (str(count or "") for count in layer["channels"])
+        kernel, cropped = ("×".join(map(str, size)) for size in layer["kernel"])
+        student = (after, cropped) if layer["kept"] else (REMOVED, "")
+        rows.append((layer["name"], layer["kind"], before, student[0], kernel, student[1]))
     return rows

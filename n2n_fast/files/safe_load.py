@@ -8,7 +8,7 @@ import pickletools
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -31,12 +31,7 @@ _PLAIN = {
     "torch.serialization": {"_get_layout"},
     "torch.storage": {"UntypedStorage"},
 }
-# The function or class that an operation asks for, "module name", of its argument and the last two strings.
-_CALLED: dict[str, Callable[[Any, list[str]], str]] = {
-    "GLOBAL": lambda argument, _: str(argument),
-    "INST": lambda argument, _: str(argument),
-    "STACK_GLOBAL": lambda _, strings: " ".join(strings),
-}
+_CALLS = ("GLOBAL", "INST", "STACK_GLOBAL")  # operations that ask for a function or class
 _NEVER_SAVED = ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4")
 
 
@@ -49,23 +44,25 @@ def read_tensors(path: str | Path) -> Any:
 
     Raises BadInput for any other file, and WantsCode, which is one, where the file would have code run.
     """
-    with _damage(path), open(path, "rb") as file:  # noqa: PTH123 - of str and Path alike
-        records = _check(file)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd pickles, which are refused
-            # mapped, a tensor cannot reach beyond its file, whatever size it claims
-            held = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=records is not None)
-        _check_values(held, records)
-    return held
+    with _damage(path):
+        with Path(path).open("rb") as file:
+            sizes = _check(file)
+        # mapped, a tensor cannot reach beyond its file, whatever size it claims
+        return _loaded(os.fspath(path), sizes, mmap=sizes is not None)
 
 
 def tensors_in(content: bytes, name: str) -> Any:
     """The same of a file's content; name: for errors."""
     with _damage(name):
-        records = _check(io.BytesIO(content))
-        held = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        _check_values(held, records)
-    return held
+        return _loaded(io.BytesIO(content), _check(io.BytesIO(content)), mmap=False)
+
+
+def _loaded(file: str | IO[bytes], sizes: Counter[int] | None, mmap: bool) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd pickles, which are refused
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    _check_values(content, sizes)
+    return content
 
 
 def read_trusted(path: str | Path) -> Any:
@@ -100,17 +97,16 @@ def check_archive(archive: zipfile.ZipFile, length: int) -> None:
 
     torch stores members as they are, so that together they are no longer than the file. Raises ValueError.
     """
-    names, total = set(), 0
-    for member in archive.infolist():
-        parts = PurePosixPath(member.filename.replace("\\", "/")).parts
-        if ".." in parts or member.filename.startswith(("/", "\\")) or ":" in member.filename:
-            raise ValueError(f"its member {member.filename[:60]!r} leads out of it")
-        if member.filename in names:
-            raise ValueError(f"it holds {member.filename[:60]!r} twice")
+    members = archive.infolist()
+    for name, count in Counter(member.filename for member in members).items():
+        if ".." in PurePosixPath(name.replace("\\", "/")).parts or name.startswith(("/", "\\")) or ":" in name:
+            raise ValueError(f"its member {name[:60]!r} leads out of it")
+        if count > 1:
+            raise ValueError(f"it holds {name[:60]!r} twice")
+    for member in members:
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"its member {member.filename[:60]!r} is compressed, which torch.save never does")
-        names.add(member.filename)
-        total += member.file_size
+    total = sum(member.file_size for member in members)
     if total > length:
         raise ValueError(f"its members declare {total:,} bytes, it has {length:,}")
 
@@ -139,9 +135,8 @@ def _check(file: IO[bytes]) -> Counter[int] | None:
     """Look at a file before torch does. Returns the sizes of its storages in bytes; None for one of torch < 1.6."""
     length = file.seek(0, os.SEEK_END)
     file.seek(0)
-    is_zip = file.read(4) == b"PK\3\4"
-    file.seek(0)
-    if not is_zip:
+    if file.read(4) != b"PK\3\4":
+        file.seek(0)
         for _ in range(LEGACY_PICKLES):
             _check_pickle(file)
         return None
@@ -161,24 +156,25 @@ def _check_pickle(file: IO[bytes]) -> None:
             raise ValueError(f"its pickle has more than {MAX_OPERATIONS:,} operations")
         if isinstance(argument, str):
             strings = [strings[1], argument]
-        called = _CALLED[operation.name](argument, strings) if operation.name in _CALLED else None
-        if called is not None and not _is_plain(called):
-            raise WantsCode(f"is a pickle that wants to run code ({called.replace(' ', '.')[:60]})")
+        if operation.name in _CALLS:
+            called = " ".join(strings) if operation.name == "STACK_GLOBAL" else str(argument)
+            if not _is_plain(called):
+                raise WantsCode(f"is a pickle that wants to run code ({called.replace(' ', '.')[:60]})")
         if operation.name in _NEVER_SAVED:
             raise ValueError(f"its pickle has the operation {operation.name}")
 
 
-def _is_plain(argument: str) -> bool:
+def _is_plain(called: str) -> bool:
     """Whether a pickle may ask for this: "module name"."""
-    module, _, name = argument.partition(" ")
+    module, _, name = called.partition(" ")
     if module == "torch" and (name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)):
         return True
     return name in _PLAIN.get(module, ())
 
 
-def _check_values(held: Any, records: Counter[int] | None) -> None:
+def _check_values(content: Any, records: Counter[int] | None) -> None:
     """Refuse tensors that are not plain, or of other sizes than the file's storages. Raises ValueError."""
-    seen, left = set(), [held]
+    seen, left = set(), [content]
     sizes: dict[int, int] = {}  # of storages, by address
     while left:
         value = left.pop()

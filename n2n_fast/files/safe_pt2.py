@@ -37,12 +37,7 @@ _PLAIN_OPERATORS = {
     *(f"math.{name}" for name in ("ceil", "floor", "trunc")),
 }
 _TREES = (None, "builtins.tuple", "builtins.list", "builtins.dict")
-_NOT_NEEDED: dict[str, Any] = {
-    "guards_code": [],
-    "metadata": {},
-    "torch_version": "",
-    "treespec_namedtuple_fields": {},
-}
+_NOT_NEEDED: dict[str, Any] = {"guards_code": [], "metadata": {}, "torch_version": "", "treespec_namedtuple_fields": {}}
 _REFUSED = ("as_graph", "as_custom_obj", "as_operator")
 _SMALL = 64  # bytes of a member that holds a version or a format
 
@@ -54,7 +49,7 @@ def read_student(path: Path) -> nn.Module:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             check_archive(archive, len(content))
             clean = _made_anew({name: archive.read(name) for name in archive.namelist()})
-        return _checked(_loaded(clean))
+        return _loaded(clean)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     except OSError as error:
@@ -72,12 +67,9 @@ def _loaded(content: bytes) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.load(io.BytesIO(content)).module()
+            student = torch.export.load(io.BytesIO(content)).module()
     finally:
         log.setLevel(before)
-
-
-def _checked(student: nn.Module) -> nn.Module:
     for name, value in student.state_dict().items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise BadInput(f"{name} holds NaN or infinite values; run the search again")
@@ -105,16 +97,12 @@ def _member(name: str, content: bytes, sizes: dict[str, int]) -> bytes:
         tensors_in(content, last)
         return b""  # the images that it was traced with, which nobody needs
     if last in ("serialized_state_dict.pt", "serialized_constants.pt"):
-        return _saved(tensors_in(content, last))
+        file = io.BytesIO()
+        torch.save(tensors_in(content, last), file)
+        return file.getvalue()
     if _PAYLOAD.fullmatch(last) or len(content) <= _SMALL:
         return content
     raise BadInput(f"holds {name[:60]!r}, which no student needs")
-
-
-def _saved(held: Any) -> bytes:
-    file = io.BytesIO()
-    torch.save(held, file)
-    return file.getvalue()
 
 
 def _payloads(config: Any, sizes: dict[str, int]) -> Any:
@@ -145,21 +133,9 @@ def _cleaned(value: Any, key: str = "") -> Any:
         }
     if isinstance(value, list):
         return [_cleaned(part, key) for part in value]
-    if isinstance(value, str) and not _VALID.get(key, _is_name)(value):
+    if isinstance(value, str) and not _VALID.get(key, _NAME.fullmatch)(value):
         raise WantsCode(f"has {value[:60]!r} as {key or 'a value'} in its program, which could run code")
     return value
-
-
-def _is_name(text: str) -> bool:
-    return _NAME.fullmatch(text) is not None
-
-
-def _is_text(text: str) -> bool:
-    return _TEXT.fullmatch(text) is not None
-
-
-def _is_expression(text: str) -> bool:
-    return _EXPRESSION.fullmatch(text) is not None
 
 
 def _is_operator(name: str) -> bool:
@@ -180,11 +156,12 @@ def _is_operator(name: str) -> bool:
 def _is_tree(text: str) -> bool:
     """Whether it describes nested tuples, lists and dictionaries."""
     try:
-        _, left = parse_json(text)
-        trees = [left]
+        _, root = parse_json(text)
+        trees = [root]
         for tree in trees:
-            context = parse_json(tree["context"] or "null")
-            if tree["type"] not in _TREES or not _is_keys(context):
+            keys = parse_json(tree["context"] or "[]")  # of a dictionary
+            names = keys is None or (isinstance(keys, list) and all(map(_NAME.fullmatch, keys)))
+            if tree["type"] not in _TREES or not names:
                 return False
             trees.extend(tree["children_spec"])
     except (ValueError, TypeError, KeyError):
@@ -192,15 +169,11 @@ def _is_tree(text: str) -> bool:
     return True
 
 
-def _is_keys(context: Any) -> bool:
-    return context is None or (isinstance(context, list) and all(isinstance(k, str) and _is_name(k) for k in context))
-
-
-_VALID: dict[str, Callable[[str], bool]] = {
+_VALID: dict[str, Callable[[str], object]] = {
     "target": _is_operator,
-    "expr_str": _is_expression,
+    "expr_str": _EXPRESSION.fullmatch,
     "in_spec": _is_tree,
     "out_spec": _is_tree,
-    "as_string": _is_text,
-    "as_strings": _is_text,
+    "as_string": _TEXT.fullmatch,
+    "as_strings": _TEXT.fullmatch,
 }

@@ -80,12 +80,11 @@ def load(
     validation: float | None = None,
     device: torch.device | str = "cpu",
 ) -> ImageData:
-    """Read `digits`, `cifar10:DIR`, `cifar100:DIR`, `svhn:DIR`, `fashion-mnist:DIR`, `imagefolder:DIR` or `npz:FILE`.
+    """Read digits, cifar10:DIR, cifar100:DIR, svhn:DIR, fashion-mnist:DIR, imagefolder:DIR or npz:FILE; or BadInput.
 
     image_size: pixels of the square that images are resized to, short side first, then cropped at the centre.
-    channels: of a batch; grey images can be asked for as 3. classes: where the labels do not show their number.
-    mean, std: of pixels in 0..1, one or one for each channel, in place of the published ones.
-    validation, seed: see `from_tensors`. Raises BadInput.
+    channels: of a batch; grey images can be asked for as 3. classes: where the labels do not show their number. mean,
+    std: of pixels in 0..1, one or one for each channel; default: the set's. validation, seed: as of `from_tensors`.
     """
     source, request = _parse(spec, image_size, channels, download)
     arrays = source.read(request)
