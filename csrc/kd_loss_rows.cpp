@@ -22,7 +22,7 @@ constexpr int kBytes = 16;
 #endif
 static_assert(kBytes <= sizeof(Scratch), "scratch rows have room for one vector more");
 
-constexpr int kFloats = kBytes / 4, kDoubles = kBytes / 8;
+constexpr int kDoubles = kBytes / 8;
 typedef float Float __attribute__((vector_size(kBytes)));
 typedef double Double __attribute__((vector_size(kBytes)));
 typedef int32_t Int __attribute__((vector_size(kBytes)));
@@ -195,10 +195,8 @@ N2N_INLINE Double exp_negative(Double x) {
   return x;
 }
 
-template <class V>
-N2N_INLINE V larger(V a, V b) {
-  return a > b ? a : b;  // b where a is NaN
-}
+constexpr auto plus = [](auto a, auto b) { return a + b; };
+constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };  // b where a is NaN
 
 // Halving, lane i with lane i + half: the same order at every call.
 template <class V, class Op>
@@ -210,18 +208,8 @@ N2N_INLINE auto reduce(V v, Op op) {
   return lanes[0];
 }
 
-template <class V>
-N2N_INLINE auto sum(V v) {
-  return reduce(v, [](auto a, auto b) { return a + b; });
-}
-
-template <class V>
-N2N_INLINE auto maximum(V v) {
-  return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
-}
-
-N2N_INLINE double widened_sum(Float v) { return sum(__builtin_convertvector(v, Wide)); }
-N2N_INLINE double widened_sum(Double v) { return sum(v); }
+N2N_INLINE double widened_sum(Float v) { return reduce(__builtin_convertvector(v, Wide), plus); }
+N2N_INLINE double widened_sum(Double v) { return reduce(v, plus); }
 
 N2N_INLINE float log_of(float x) { return __builtin_logf(x); }
 N2N_INLINE double log_of(double x) { return __builtin_log(x); }
@@ -268,7 +256,7 @@ struct Row {
       most[u] = larger(Of<T>::load(student + i, lanes, kNone), most[u]);
       squares[u] += d * d;
     });
-    return {maximum(larger(larger(most[0], most[1]), larger(most[2], most[3]))),
+    return {reduce(larger(larger(most[0], most[1]), larger(most[2], most[3])), larger),
             widened_sum((squares[0] + squares[1]) + (squares[2] + squares[3]))};
   }
 
@@ -280,7 +268,7 @@ struct Row {
       Of<S>::store(exponentials + i, e);
       total[u] += e;
     });
-    return sum((total[0] + total[1]) + (total[2] + total[3]));
+    return reduce((total[0] + total[1]) + (total[2] + total[3]), plus);
   }
 
   N2N_INLINE void gradient(const S* exponentials, S scale, S pull, S hit, int64_t label, T* grad) const {
