@@ -48,7 +48,7 @@ class TracedTeacher(ChannelGroups):
         self.layers = layers_of(self, labels)
         self._costs = Costs(self, [layer.positions for layer in labels.layers.values()], self.module)
         self.dense_input = self._costs.dense
-        if labels.warnings:
+        if labels.warnings or any(layer.opaque for layer in labels.layers.values()):
             self._count_what_is_not_understood()
         self._note_what_fitting_needs(labels)
 
@@ -67,7 +67,7 @@ class TracedTeacher(ChannelGroups):
         self._costs.macs = counter.get_total_flops() // 2 - understood
 
     def _note_what_fitting_needs(self, labels: ChannelLabels) -> None:
-        index = {name: i for i, name in enumerate(self.names)}
+        index = {name: i for i, name in enumerate(self.names) if isinstance(self.modules[i], BATCH_NORMS)}
         self.repeats = [layer.repeat for layer in labels.layers.values()]
         self.fittable, self.groupwise, self.norm_after = [], [], []
         for module, layer in zip(self.modules, labels.layers.values(), strict=True):
@@ -75,7 +75,5 @@ class TracedTeacher(ChannelGroups):
             grouped = getattr(module, "groups", 1) > 1
             self.fittable.append(weighted and not grouped)
             self.groupwise.append(weighted and grouped)
-            users = list(layer.calls[0].users)
-            norm = index.get(str(users[0].target)) if len(users) == 1 else None
-            followed = norm is not None and isinstance(self.modules[norm], BATCH_NORMS)
-            self.norm_after.append(norm if followed else None)
+            users = [str(user.target) if user.op == "call_module" else "" for user in layer.calls[0].users]
+            self.norm_after.append(index.get(users[0]) if len(users) == 1 else None)

@@ -41,16 +41,24 @@ class ChannelGroups:
         pinned, output = (
             np.isin(used, root[np.concatenate([np.arange(0), *rows])]) for rows in (labels.pins, labels.outputs)
         )
-        # units that are equally pinned, and occur equally often on every axis, are one group; groups in order of units
-        counts = np.stack([pinned, *(np.bincount(axis, minlength=len(used)) for axis in self.axes)])
-        _, first, group = np.unique(counts, axis=1, return_index=True, return_inverse=True)
-        self.group_of = np.argsort(np.argsort(first))[group.ravel()]
-        self.occurrences = counts[1:, np.sort(first)]
+        self.group_of = self._groups(pinned)
         self.sizes = np.bincount(self.group_of)
         self.pinned, self.output = (np.bincount(self.group_of, weights=unit) > 0 for unit in (pinned, output))
         self.units = [np.flatnonzero(self.group_of == g) for g in range(len(self.sizes))]
+        counts = [np.bincount(self.group_of[axis], minlength=len(self.sizes)) for axis in self.axes]
+        self.occurrences = np.stack(counts) // self.sizes
         weighted = [i for i, m in enumerate(self.modules) if isinstance(m, WEIGHTED) and self.out_axis[i] >= 0]
         self.writers = [[i for i in weighted if n[self.out_axis[i]]] for n in self.occurrences.T]
+
+    def _groups(self, pinned: np.ndarray) -> np.ndarray:
+        """Partition refinement: units that are equally pinned and equally often on every axis are one group."""
+        group = pinned.astype(int)
+        for axis in self.axes:
+            units, counts = np.unique(axis, return_counts=True)
+            _, refined = np.unique(group[units] * (counts.max() + 1) + counts, return_inverse=True)
+            group[units] = group.max(initial=0) + 1 + refined
+        _, first, group = np.unique(group, return_index=True, return_inverse=True)
+        return np.argsort(np.argsort(first))[group]  # in the order of their first units
 
     def along(self, axis: int) -> list[int]:
         """The groups along an axis, without repetition of neighbours; none for -1."""
