@@ -27,6 +27,8 @@ import torch
 
 Files = dict[str, bytes]
 Cases = Iterator[tuple[str, Any]]  # by name what to write, or what to change
+Change = Callable[[Any], Any]  # in place, of a value of JSON
+Changes = dict[str, Change]
 ADDRESS_SPACE = 16 << 30  # that a bomb at most takes before it is refused memory
 MOST_SECONDS = 15  # of the processor, that one command gets
 
@@ -185,29 +187,24 @@ def torch_damage(good: bytes) -> Files:
 
 def teachers(state: dict[str, torch.Tensor], marker: Path) -> Files:
     """state: that of a good teacher, a SmallResNet."""
-
-    def with_(**tensors: torch.Tensor) -> bytes:
-        return saved({**state, **{name.replace("__", "."): value for name, value in tensors.items()}})
-
-    weight, name = state["fc.weight"], "conv1__weight"
+    first, last = state["conv1.weight"], state["fc.weight"]
+    huge = {key: torch.full_like(value, 3e38) if value.is_floating_point() else value for key, value in state.items()}
+    changes: dict[str, dict[str, Any]] = {
+        "complex": {"fc.weight": last.to(torch.complex64)},
+        "strings for weights": {"fc.weight": "weight"},
+        "no classes": {"fc.weight": last[:0], "fc.bias": torch.zeros(0)},
+        "no channels": {"conv1.weight": first[:, :0]},
+        "a kernel of none": {"conv1.weight": first[:, :, :0]},
+        "a scalar for a weight": {"fc.weight": torch.zeros(())},
+        "weights of int8": {key: value.to(torch.int8) for key, value in state.items()},
+        "weights of bool": {key: value.bool() for key, value in state.items()},
+        "all zeros": {key: torch.zeros_like(value) for key, value in state.items()},
+        "all negative": {key: -value.abs() - 1 for key, value in state.items()},
+        "all huge": huge,
+    }
     return {
         **torch_files(saved(state), marker),
-        "NaN": with_(fc__bias=torch.full((10,), float("nan"))),
-        "infinite": with_(fc__bias=torch.full((10,), float("inf"))),
-        "complex": with_(fc__weight=weight.to(torch.complex64)),
-        "strings for weights": saved({**state, "fc.weight": "weight"}),
-        "no classes": with_(fc__weight=weight[:0], fc__bias=torch.zeros(0)),
-        "no channels": with_(**{name: state["conv1.weight"][:, :0]}),
-        "a kernel of none": with_(**{name: state["conv1.weight"][:, :, :0]}),
-        "a scalar for a weight": with_(fc__weight=torch.zeros(())),
-        "another shape": with_(fc__weight=weight[:, 1:]),
-        "a key more": with_(more=torch.zeros(3)),
-        "a key less": saved({k: v for k, v in state.items() if k != "fc.bias"}),
-        "weights of int8": saved({k: v.to(torch.int8) for k, v in state.items()}),
-        "weights of bool": saved({k: v.bool() for k, v in state.items()}),
-        "all zeros": saved({k: torch.zeros_like(v) for k, v in state.items()}),
-        "all negative": saved({k: -v.abs() - 1 for k, v in state.items()}),
-        "all huge": saved({k: torch.full_like(v, 3e38) if v.is_floating_point() else v for k, v in state.items()}),
+        **{name: saved({**state, **changed}) for name, changed in changes.items()},
         "keys of 10,000 letters": saved({f"{'x' * 10_000}{i}": torch.zeros(1) for i in range(9)}),
         "ten thousand keys": saved({f"layer{i}.weight": torch.zeros(1) for i in range(10_000)}),
     }
@@ -216,188 +213,198 @@ def teachers(state: dict[str, torch.Tensor], marker: Path) -> Files:
 # Data sets
 
 
-def npy(shape: tuple[Any, ...], data: bytes = b"", dtype: str = "|u1") -> bytes:
-    header = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}"
-    return npy_of(header, data)
+def npy(shape: tuple[Any, ...], data: bytes = b"", dtype: str = "'|u1'") -> bytes:
+    return npy_of(f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape!r}, }}", data)
 
 
 def npy_of(header: str, data: bytes = b"") -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1) + header.encode() + b"\n" + data
 
 
+def npz(**arrays: Any) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
 def data_sets(marker: Path) -> Files:
-    labels = np.arange(40) % 10
-    images = np.zeros((40, 8, 8), np.uint8)
+    images, labels = np.zeros((40, 8, 8), np.uint8), np.arange(40, dtype=np.uint8) % 10
     evil = np.array([payload(marker)] * 40, dtype=object)
-
-    def npz(**arrays: Any) -> bytes:
-        file = io.BytesIO()
-        np.savez(file, **arrays)
-        return file.getvalue()
-
-    def raw(x: bytes, y: bytes | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
-        return archived({"x.npy": x, "y.npy": y or npy((40,), labels.astype(np.uint8).tobytes())}, compression)
-
-    good = npz(x=images, y=labels)
-    header = npy((62_500_000, 8, 8))
-    zeros = zeros_deflated(4 << 30, header)
+    huge = npy((62_500_000, 8, 8))
     bomb = lying_archive(
-        ("x.npy", zeros, zipfile.ZIP_DEFLATED, 4_000_000_000 + len(header)),
+        ("x.npy", zeros_deflated(4 << 30, huge), zipfile.ZIP_DEFLATED, 4_000_000_000 + len(huge)),
         ("y.npy", npy((62_500_000,)), zipfile.ZIP_STORED, len(npy((62_500_000,)))),
     )
-    bzip2 = raw(npy((4_000_000, 8, 8), bytes(256_000_000)), compression=zipfile.ZIP_BZIP2)
+    y = {"y.npy": npy((40,), labels.tobytes())}
     return {
-        **truncations(good),
+        **truncations(npz(x=images, y=labels)),
+        **{name: archived({"x.npy": x, **y}) for name, x in _image_arrays(marker).items()},
         "objects that run code": npz(x=evil, y=labels),
         "labels that run code": npz(x=images, y=evil),
         "a bare pickle": pickle.dumps(payload(marker)),
-        "empty": b"",
-        "text": b"no arrays",
         "zip magic alone": b"PK\3\4" + bytes(100),
         "4 GB deflated": bomb,
-        "256 MB by bzip2": bzip2,
-        "2**40 images in the header": raw(npy((2**40, 8, 8), bytes(64))),
-        "2**62 x 4 images": raw(npy((2**62, 4, 8, 8), bytes(64))),
-        "-40 images": raw(npy((-40, 8, 8), bytes(2560))),
-        "-8 x -8 images": raw(npy((40, -8, -8), bytes(2560))),
-        "a shape of text": raw(npy_of("{'descr': '|u1', 'fortran_order': False, 'shape': 'abc', }", bytes(64))),
-        "a header that calls": raw(npy_of(f"__import__('os').system('touch {marker}')", bytes(64))),
-        "a header nested deep": raw(npy_of("(" * 9000 + ")" * 9000)),
-        "a header of records": raw(npy((40, 8, 8), bytes(2560 * 9), "[('a', '|u1'), ('b', '<f8')]")),
-        "a header that is cut": raw(npy((40, 8, 8))[:20]),
-        "npy of version 9": raw(b"\x93NUMPY\x09\x00" + npy((40, 8, 8), bytes(2560))[8:]),
-        "no npy": raw(b"x" * 100),
-        "NaN": npz(x=np.full((40, 8, 8), np.nan, np.float32), y=labels),
-        "infinite": npz(x=np.full((40, 8, 8), np.inf, np.float32), y=labels),
-        "beyond float32": npz(x=np.full((40, 8, 8), 1e300), y=labels),
-        "negative pixels": npz(x=images.astype(np.int16) - 1, y=labels),
-        "negative labels": npz(x=images, y=labels - 5),
-        "labels of 2**62": npz(x=images, y=labels + 2**62),
-        "labels of float": npz(x=images, y=labels + 0.5),
-        "complex pixels": npz(x=images.astype(np.complex64), y=labels),
-        "dates": npz(x=images.astype("datetime64[s]"), y=labels),
-        "texts": npz(x=images.astype("U5"), y=labels),
-        "no dimensions": npz(x=np.uint8(3), y=np.int64(3)),
-        "images of no pixels": npz(x=images[:, :0], y=labels),
-        "a member above the archive": archived({"../x.npy": npy((40, 8, 8), bytes(2560)), "y.npy": npy((40,))}),
+        "256 MB by bzip2": archived({"x.npy": npy((4_000_000, 8, 8), bytes(256_000_000)), **y}, zipfile.ZIP_BZIP2),
+        "a member above the archive": archived({"../x.npy": npy((40, 8, 8), bytes(2560)), **y}),
+    }
+
+
+def _image_arrays(marker: Path) -> Files:
+    """What stands for the images in an archive whose labels are good."""
+    return {
+        "2**40 images in the header": npy((2**40, 8, 8), bytes(64)),
+        "2**62 x 4 images": npy((2**62, 4, 8, 8), bytes(64)),
+        "-40 images": npy((-40, 8, 8), bytes(2560)),
+        "-8 x -8 images": npy((40, -8, -8), bytes(2560)),
+        "a shape of text": npy_of("{'descr': '|u1', 'fortran_order': False, 'shape': 'abc', }", bytes(64)),
+        "a header that calls": npy_of(f"__import__('os').system('touch {marker}')", bytes(64)),
+        "a header nested deep": npy_of("(" * 9000 + ")" * 9000),
+        "a header of records": npy((40, 8, 8), bytes(2560 * 9), "[('a', '|u1'), ('b', '<f8')]"),
+        "a header that is cut": npy((40, 8, 8))[:20],
+        "npy of version 9": b"\x93NUMPY\x09\x00" + npy((40, 8, 8), bytes(2560))[8:],
+        "no npy": b"x" * 100,
     }
 
 
 # Students
 
 
+_OF_TENSORS = ("storages missing", "storages cut", "zip without a pickle", "one bit flipped")
+
+
 def students(good: bytes, marker: Path) -> Files:
     """good: the student.pt2 of a run."""
     evil = saved({"a": payload(marker)})
-    code = f"__import__('os').system('touch {marker}')"
     parts = members(good)
     top = next(iter(parts)).partition("/")[0]
-
-    def program(change: Callable[[dict[str, Any]], None]) -> bytes:
-        return changed_json(good, "models/model.json", change)
-
-    def weights(change: Callable[[dict[str, Any]], None]) -> bytes:
-        return changed_json(good, "model_weights_config.json", lambda held: change(held["config"]))
-
-    def constants(payloads: dict[str, Any], **more: bytes) -> bytes:
-        with_one = changed_json(good, "model_constants_config.json", lambda held: held["config"].update(payloads))
-        return archived({**members(with_one), **{f"{top}/data/constants/{n}": c for n, c in more.items()}})
-
-    def node(position: int, **fields: Any) -> bytes:
-        return program(lambda held: held["graph_module"]["graph"]["nodes"][position].update(fields))
-
-    def text(argument: str) -> dict[str, Any]:
-        return {"name": "x", "arg": {"as_string": argument}, "kind": 1}
-
-    pickled = {"path_name": "", "is_param": False, "use_pickle": True, "tensor_meta": None}
-    calling = {"target": "torch.os.system", "inputs": [text(f"touch {marker}")]}
-    first = next(iter(json.loads(parts[f"{top}/data/weights/model_weights_config.json"])["config"]))
+    damaged = {name: content for name, content in torch_damage(good).items() if name not in _OF_TENSORS}
     deep = b"[" * 100_000 + b"]" * 100_000
+    more = {
+        "old weights that run code": ("data/weights/model.pt", evil),
+        "old constants that run code": ("data/constants/model.pt", evil),
+        "a compiled library": ("data/aotinductor/model/x.so", bytes(200)),
+        "another program": ("models/other.json", parts[f"{top}/models/model.json"]),
+    }
     return {
-        **{f"as a whole: {name}": content for name, content in torch_damage(good).items() if name not in _OF_TENSORS},
         **truncations(good),
-        **{f"as a whole: {name}": content for name, content in torch_code(marker).items()},
+        **{f"as a whole: {name}": content for name, content in {**damaged, **torch_code(marker)}.items()},
+        **{name: archived({**parts, f"{top}/{member}": content}) for name, (member, content) in more.items()},
+        **{name: changed_json(good, "models/model.json", change) for name, change in _programs(marker).items()},
+        **{name: changed_json(good, "weights_config.json", change) for name, change in _weights().items()},
+        **_constants(good, top, marker),
         "whole file deflated": archived(parts, zipfile.ZIP_DEFLATED),
         "deflated 4 GB": lying_archive((f"{top}/x", zeros_deflated(4_000_000_000), zipfile.ZIP_DEFLATED, 4_000 << 20)),
         "sample inputs that run code": changed(good, "sample_inputs/model.pt", lambda _: evil),
-        "old weights that run code": archived({**parts, f"{top}/data/weights/model.pt": evil}),
-        "old constants that run code": archived({**parts, f"{top}/data/constants/model.pt": evil}),
-        "a pickled weight": archived({
-            **members(weights(lambda held: held[first].update(use_pickle=True))),
-            f"{top}/data/weights/weight_0": evil}),
-        "a pickled constant": constants({"c": {**pickled, "path_name": "tensor_0"}}, tensor_0=evil),
-        "an opaque constant": constants({"c": {**pickled, "path_name": "opaque_obj_0"}},
-                                        opaque_obj_0=pickle.dumps(payload(marker))),
-        "a custom object": constants({"c": {**pickled, "path_name": "custom_obj_0"}}, custom_obj_0=evil),
-        "a compiled library": archived({**parts, f"{top}/data/aotinductor/model/x.so": bytes(200)}),
-        "another program": archived({**parts, f"{top}/models/other.json": parts[f"{top}/models/model.json"]}),
-        "a call of os.system": node(0, **calling),
-        "a call of torch.load": node(0, target="torch.load", inputs=[text(str(marker))]),
-        "a call of from_file": node(0, target="torch.ops.aten.from_file.default", inputs=[text(str(marker))]),
-        "a call of another library": node(0, target="torch.ops.load_library", inputs=[text(str(marker))]),
-        "a call of math": node(0, target="math.__loader__.exec_module"),
-        "a call of operator": node(0, target="_operator.methodcaller", inputs=[text("system")]),
-        "an extension": node(0, target="#os:system"),
-        "an argument's name that is code": node(0, inputs=[{"name": f"x={code}, y", "arg": {"as_int": 1}, "kind": 2}]),
-        "a node's name that is code": node(0, name=f"x\n{code}"),
-        "a weight's name that is code": program(
-            lambda held: _signature(held)[0]["parameter"].update(parameter_name=f'a"), {code}, ("')),
-        "an input's name that is code": program(
-            lambda held: held["graph_module"]["graph"]["inputs"].append({"as_tensor": {"name": f"x={code}"}})),
-        "a size that is code": program(lambda held: _tensors(held)["x"]["sizes"].__setitem__(
-            0, {"as_expr": {"expr_str": code, "hint": None}})),
-        "a size without end": program(lambda held: _tensors(held)["x"]["sizes"].__setitem__(
-            0, {"as_expr": {"expr_str": "9**9**9**9", "hint": None}})),
-        "a tree that imports": program(lambda held: _calls(held)[0]["signature"].update(in_spec=json.dumps(
-            [1, {"type": "builtins.dict", "context": '{"__enum__": "os.x"}', "children_spec": []}]))),
-        "a tree of another class": program(lambda held: _calls(held)[0]["signature"].update(in_spec=json.dumps(
-            [1, {"type": "collections.defaultdict", "context": '{"module": "os"}', "children_spec": []}]))),
-        "a tree nested deep": program(lambda held: _calls(held)[0]["signature"].update(in_spec=deep.decode())),
-        "a graph within": node(0, inputs=[{"name": "x", "arg": {"as_graph": {"name": "g", "graph": {}}}, "kind": 1}]),
         "a program nested deep": changed(good, "models/model.json", lambda _: deep),
         "a program of a number": changed(good, "models/model.json", lambda _: b"3"),
         "an empty program": changed(good, "models/model.json", lambda _: b"{}"),
         "no program": archived({n: c for n, c in parts.items() if not n.endswith("models/model.json")}),
-        "a program of another version": program(lambda held: held["schema_version"].update(major=99)),
-        "a node without an operator": node(0, target="torch.ops.aten.nothing.default"),
-        "a node of wrong arguments": node(0, inputs=[]),
-        "a weight of 2**40": weights(lambda held: held[first]["tensor_meta"].update(sizes=[{"as_int": 2**40}])),
-        "a weight of -1": weights(lambda held: held[first]["tensor_meta"].update(sizes=[{"as_int": -1}])),
-        "a weight at 2**40": weights(lambda held: held[first]["tensor_meta"].update(storage_offset={"as_int": 2**40})),
-        "a weight expanded": weights(lambda held: held[first]["tensor_meta"].update(
-            sizes=[{"as_int": 2**30}] * 2, strides=[{"as_int": 0}] * 2)),
-        "a weight of no bytes": archived({n: b"" if n.endswith("weight_0") else c for n, c in parts.items()}),
-        "a weight of another file": weights(lambda held: held[first].update(path_name="../../../etc/passwd")),
-        "a weight missing": weights(lambda held: held.pop(first)),
-        "weights of NaN": archived({
-            n: b"\xff" * len(c) if n.endswith("weight_0") else c for n, c in parts.items()}),
-        "a weight of another shape": weights(lambda held: held[first]["tensor_meta"].update(
-            sizes=[{"as_int": 1}] * 4, strides=[{"as_int": 1}] * 4)),
-    }  # fmt: skip
+        "a weight of no bytes": changed(good, "weight_0", lambda _: b""),
+        "weights of NaN": changed(good, "weight_0", lambda content: b"\xff" * len(content)),
+    }
 
 
-_OF_TENSORS = ("storages missing", "storages cut", "zip without a pickle", "one bit flipped")
-
-
-def changed_json(content: bytes, ending: str, change: Callable[[dict[str, Any]], None]) -> bytes:
+def changed_json(content: bytes, ending: str, change: Callable[[Any], Any]) -> bytes:
     def edit(text: bytes) -> bytes:
-        held = json.loads(text)
-        change(held)
-        return json.dumps(held).encode()
+        value = json.loads(text)
+        change(value)
+        return json.dumps(value).encode()
 
     return changed(content, ending, edit)
 
 
-def _signature(program: dict[str, Any]) -> list[Any]:
-    return program["graph_module"]["signature"]["input_specs"]
+def _node(**fields: Any) -> Change:
+    """Change the first node of a program."""
+    return lambda held: held["graph_module"]["graph"]["nodes"][0].update(fields)
 
 
-def _tensors(program: dict[str, Any]) -> dict[str, Any]:
-    return program["graph_module"]["graph"]["tensor_values"]
+def _call(target: str, argument: str) -> Change:
+    return _node(target=target, inputs=[{"name": "x", "arg": {"as_string": argument}, "kind": 1}])
 
 
-def _calls(program: dict[str, Any]) -> list[Any]:
-    return program["graph_module"]["module_call_graph"]
+def _tree(text: str) -> Change:
+    """Change how a program's inputs are nested."""
+    return lambda held: held["graph_module"]["module_call_graph"][0]["signature"].update(in_spec=text)
+
+
+def _tree_of(kind: str, context: str) -> Change:
+    return _tree(json.dumps([1, {"type": kind, "context": context, "children_spec": []}]))
+
+
+def _size(text: str) -> Change:
+    expression = {"as_expr": {"expr_str": text, "hint": None}}
+    return lambda held: held["graph_module"]["graph"]["tensor_values"]["x"]["sizes"].__setitem__(0, expression)
+
+
+def _weight_name(text: str) -> Change:
+    return lambda held: held["graph_module"]["signature"]["input_specs"][0]["parameter"].update(parameter_name=text)
+
+
+def _input_name(text: str) -> Change:
+    return lambda held: held["graph_module"]["graph"]["inputs"].append({"as_tensor": {"name": text}})
+
+
+def _programs(marker: Path) -> Changes:
+    """What to change in a student's program."""
+    code = f"__import__('os').system('touch {marker}')"
+    return {
+        "a call of os.system": _call("torch.os.system", f"touch {marker}"),
+        "a call of torch.load": _call("torch.load", str(marker)),
+        "a call of from_file": _call("torch.ops.aten.from_file.default", str(marker)),
+        "a call of another library": _call("torch.ops.load_library", str(marker)),
+        "a call of operator": _call("_operator.methodcaller", "system"),
+        "a call of math": _node(target="math.__loader__.exec_module"),
+        "an extension": _node(target="#os:system"),
+        "an argument's name that is code": _node(inputs=[{"name": f"x={code}, y", "arg": {"as_int": 1}, "kind": 2}]),
+        "a node's name that is code": _node(name=f"x\n{code}"),
+        "a node without an operator": _node(target="torch.ops.aten.nothing.default"),
+        "a node of wrong arguments": _node(inputs=[]),
+        "a graph within": _node(inputs=[{"name": "x", "arg": {"as_graph": {"name": "g", "graph": {}}}, "kind": 1}]),
+        "a weight's name that is code": _weight_name(f'a"), {code}, ("'),
+        "an input's name that is code": _input_name(f"x={code}"),
+        "a size that is code": _size(code),
+        "a size without end": _size("9**9**9**9"),
+        "a tree that imports": _tree_of("builtins.dict", '{"__enum__": "os.x"}'),
+        "a tree of another class": _tree_of("collections.defaultdict", '{"module": "os"}'),
+        "a tree nested deep": _tree("[" * 100_000 + "]" * 100_000),
+        "a program of another version": lambda held: held["schema_version"].update(major=99),
+    }
+
+
+def _weights() -> Changes:
+    """What to change in the list of a student's weights."""
+
+    def first(**fields: Any) -> Change:
+        return lambda held: next(iter(held["config"].values())).update(fields)
+
+    def meta(**fields: Any) -> Change:
+        return lambda held: next(iter(held["config"].values()))["tensor_meta"].update(fields)
+
+    return {
+        "a pickled weight": first(use_pickle=True),
+        "a weight of another file": first(path_name="../../../etc/passwd"),
+        "a weight missing": lambda held: held["config"].popitem(),
+        "a weight of 2**40": meta(sizes=[{"as_int": 2**40}]),
+        "a weight of -1": meta(sizes=[{"as_int": -1}]),
+        "a weight at 2**40": meta(storage_offset={"as_int": 2**40}),
+        "a weight expanded": meta(sizes=[{"as_int": 2**30}] * 2, strides=[{"as_int": 0}] * 2),
+        "a weight of another shape": meta(sizes=[{"as_int": 1}] * 4, strides=[{"as_int": 1}] * 4),
+    }
+
+
+def _constants(good: bytes, top: str, marker: Path) -> Files:
+    """Students with a pickled constant that runs code."""
+    pickled = {"is_param": False, "use_pickle": True, "tensor_meta": None}
+    made = {}
+    for member, content in (
+        ("tensor_0", saved({"a": payload(marker)})),
+        ("opaque_obj_0", pickle.dumps(payload(marker))),
+        ("custom_obj_0", saved({"a": payload(marker)})),
+    ):
+        listed = {"c": {"path_name": member, **pickled}}
+        student = changed_json(good, "constants_config.json", lambda held, listed=listed: held["config"].update(listed))
+        made[f"constant {member}"] = archived({**members(student), f"{top}/data/constants/{member}": content})
+    return made
 
 
 def configurations() -> Cases:
@@ -473,7 +480,7 @@ def _finished() -> Cases:
     yield "points of another form", {"finished": [{**removal, "points": "[{}]"}]}
 
 
-ARCHITECTURES: dict[str, Callable[[dict[str, Any]], Any]] = {
+ARCHITECTURES: Changes = {
     "an architecture of fewer layers": lambda arch: arch["keep"].pop(),
     "an architecture of more groups": lambda arch: arch["widths"].append(3),
     "an architecture of wider groups": lambda arch: arch.update(widths=[9 * n for n in arch["widths"]]),
@@ -487,7 +494,7 @@ ARCHITECTURES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "an architecture of text": lambda arch: arch.update(keep="text"),
     "an architecture with a field more": lambda arch: arch.update(more=1),
 }
-EVALUATIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
+EVALUATIONS: Changes = {
     "an evaluation of NaN": lambda evaluation: evaluation.update(short_accuracy=float("nan")),
     "an evaluation of 7": lambda evaluation: evaluation.update(short_accuracy=7.0),
     "an evaluation of text": lambda evaluation: evaluation.update(short_accuracy="good"),

@@ -1,6 +1,5 @@
 """The commands, their options, and each line in which bad input is refused."""
 
-import io
 import json
 import shlex
 import subprocess
@@ -14,7 +13,7 @@ import torchvision
 
 import n2n_fast
 from command_line import invoke, output, refusal
-from hostile import payload, saved
+from hostile import npz, payload, saved
 from n2n_fast.cli import main
 from n2n_fast.search import evaluation
 from n2n_fast.search.checkpoint import Interrupted
@@ -222,7 +221,7 @@ def test_inspect():
 
 def test_inspect_takes_sizes_from_the_data(place):
     (place / "t.pt").write_bytes(small_state())
-    (place / "set.npz").write_bytes(npz(np.zeros((40, 20, 20), np.uint8), np.arange(40) % 10))
+    (place / "set.npz").write_bytes(npz(x=np.zeros((40, 20, 20), np.uint8), y=np.arange(40) % 10))
 
     def seen(*options):
         return json.loads(output("inspect", *options, "--json"))
@@ -258,12 +257,6 @@ def small_state(**changed):
         return saved({**SmallResNet(2, 10, 1).state_dict(), **changed})
 
 
-def npz(x, y):
-    file = io.BytesIO()
-    np.savez(file, x=x, y=y)
-    return file.getvalue()
-
-
 def config(**changed):
     return json.dumps({**asdict(n2n_fast.SearchConfig()), **changed}).encode()
 
@@ -279,10 +272,10 @@ FILES = {
     "nan.pt": lambda: small_state(**{"fc.bias": torch.full((10,), float("nan"))}),
     "large.pt": lambda: saved(torchvision.models.squeezenet1_1(num_classes=10).state_dict()),
     "mine.pt": lambda: b"precious",
-    "none.npz": lambda: npz(IMAGES[:0], LABELS[:0]),
-    "four.npz": lambda: npz(IMAGES, np.arange(40) % 4),
-    "label.npz": lambda: npz(IMAGES, np.arange(40) - 1),
-    "nan.npz": lambda: npz(np.full((40, 8, 8), np.nan, np.float32), LABELS),
+    "none.npz": lambda: npz(x=IMAGES[:0], y=LABELS[:0]),
+    "four.npz": lambda: npz(x=IMAGES, y=np.arange(40) % 4),
+    "label.npz": lambda: npz(x=IMAGES, y=np.arange(40) - 1),
+    "nan.npz": lambda: npz(x=np.full((40, 8, 8), np.nan, np.float32), y=LABELS),
     "key.toml": lambda: b"updates = 3\nrolouts = 4\n",
     "value.toml": lambda: b"updates = 3.5",
     "zero.toml": lambda: b'teacher = "\\u0000"',

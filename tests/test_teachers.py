@@ -15,7 +15,7 @@ from n2n_fast.training.data import ImageData, accuracy, from_tensors
 from n2n_fast.training.datasets import load
 from n2n_fast.training.distill import Progress
 from n2n_fast.training.teacher_files import load_teacher
-from n2n_fast.training.teachers import SmallResNet, check_fits, create, input_channels, train_teacher
+from n2n_fast.training.teachers import SmallResNet, check_teacher, create, input_channels, train_teacher
 from small_sets import refused
 
 OWN = ["digits_resnet", "resnet20", "resnet32", "resnet56"]
@@ -137,8 +137,8 @@ def damaged():
 
 
 def test_a_fitting_teacher_passes(digits):
-    check_fits(create("digits_resnet", 10, 1), digits)
-    check_fits(create("resnet18", 10, 3), load("digits", channels=3, image_size=32))
+    check_teacher(create("digits_resnet", 10, 1), digits)
+    check_teacher(create("resnet18", 10, 3), load("digits", channels=3, image_size=32))
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_a_fitting_teacher_passes(digits):
     ],
 )
 def test_an_unfit_teacher_is_refused(make, text, digits):
-    with refused(f"^some {text}"):
-        check_fits(make(), digits, "some")
+    with refused(f"^the teacher {text}"):
+        check_teacher(make(), digits)
 
 
 # Inferring

@@ -192,16 +192,16 @@ def _latencies(student: fx.GraphModule, forward: Forward, static_batch: int | No
 
     Each is the least of some medians, taken by turns, so that what else the machine does falls on both or on neither.
     """
-    found = {}
+    latencies = {}
     for count in BATCHES if static_batch is None else (static_batch,):
         images = _images(student, count)
         turns = [
             [median_ms(functools.partial(call, images), TURN_SECONDS) for call in (student, forward)]
             for _ in range(TURNS)
         ]
-        one, other = (min(times) for times in zip(*turns, strict=True))
-        found[count] = one, other
-    return found
+        of_student, of_file = (min(times) for times in zip(*turns, strict=True))
+        latencies[count] = of_student, of_file
+    return latencies
 
 
 def _images(student: fx.GraphModule, count: int) -> Tensor:

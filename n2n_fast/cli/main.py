@@ -229,7 +229,7 @@ def _workers(options: dict[str, Any]) -> Workers | None:
 
 
 def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, ImageData]:
-    """The teacher, trained first where no file is given, and the data that it must fit."""
+    """The teacher, trained first where there is no file of it, and its data."""
     file, data = options["teacher"], options["data"]
     if file is None and data != DIGITS:
         raise BadInput(f"--data {data} needs a teacher trained on it: give --teacher FILE, made by n2n-fast teach")
@@ -240,7 +240,7 @@ def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, Im
     else:
         model = teacher_files.load_teacher(file, options["arch"], allow_pickle=options["allow_pickle"])
         images = _load(options, seed, teachers.input_channels(model))
-    teachers.check_fits(model.to(options["device"]), images)
+    teachers.check_teacher(model.to(options["device"]), images)
     return model, images
 
 
@@ -303,29 +303,29 @@ def inspect(context: click.Context, /, **options: Any) -> None:
     if options["json"]:
         click.echo(json.dumps(tables.space_summary(space), indent=2))
         return
-    told = (tables.layer_table(space), "", tables.reach(space), *(f"warning: {text}" for text in space.warnings))
-    click.echo("\n".join(told))
+    warnings = (f"warning: {text}" for text in space.warnings)
+    click.echo("\n".join([tables.layer_table(space), "", tables.reach(space), *warnings]))
 
 
 def _inspected(options: dict[str, Any]) -> tuple[nn.Module, torch.Tensor]:
     """A network to look at, and an image (1, C, H, W) as it is to see."""
     file, arch, data, size = (options[name] for name in ("teacher", "arch", "data", "image_size"))
 
-    def given(channels: int | None) -> ImageData | None:
+    def loaded(channels: int | None) -> ImageData | None:
         return None if data is None else load(data, image_size=size, channels=channels)
 
     if file is not None:
         model = teacher_files.load_teacher(file, arch, allow_pickle=options["allow_pickle"])
-        images = given(teachers.input_channels(model))
+        images = loaded(teachers.input_channels(model))
     elif arch is not None:
-        images = given(teachers.usual_channels(arch))
+        images = loaded(teachers.usual_channels(arch))
         classes, channels = (1000, 3) if images is None else (images.classes, images.train.channels)
         model = teachers.create(arch, classes, channels)
     else:
         raise BadInput("nothing to inspect: give --teacher FILE or --arch NAME")
     if images is None:
         return model, torch.zeros(1, teachers.input_channels(model) or 3, size or 224, size or 224)
-    teachers.check_fits(model, images)
+    teachers.check_teacher(model, images)
     return model, images.train.batch(torch.arange(1))[0]
 
 
@@ -341,9 +341,9 @@ def evaluate(directory: Path, data: str | None, download: bool, device: torch.de
     own, preprocessing = _data_settings(directory)
     images = load(data or own, **preprocessing, download=download, device=device)
     split, name = (images.validation, "validation") if images.test is None else (images.test, "test")
-    found = _exported_accuracy(student, images, split)
-    content = {"data": images.name, "split": name, "images": len(split), "accuracy": found}
-    _tell(options["json"], content, f"{name} accuracy {found:.2%} on {len(split)} images of {images.name}")
+    share = _exported_accuracy(student, images, split)
+    content = {"data": images.name, "split": name, "images": len(split), "accuracy": share}
+    _tell(options["json"], content, f"{name} accuracy {share:.2%} on {len(split)} images of {images.name}")
 
 
 @cli.command("report", example="n2n-fast report runs/1")
@@ -396,15 +396,15 @@ def _data_settings(directory: Path) -> tuple[str, dict[str, Any]]:
     """What a run's config.json says of its data: its name, and how images are preprocessed."""
     try:
         settings = read_settings(directory)["data"]
-        name, found = settings["name"], {key: settings[key] for key in ("image_size", "channels", "mean", "std")}
-        sizes, numbers = (found["image_size"], found["channels"]), (*found["mean"], *found["std"])
+        name, how = settings["name"], {key: settings[key] for key in ("image_size", "channels", "mean", "std")}
+        sizes, numbers = (how["image_size"], how["channels"]), (*how["mean"], *how["std"])
         if not isinstance(name, str) or not all(type(size) is int for size in sizes):
             raise TypeError
-        if not (found["mean"] and found["std"] and all(type(n) in (int, float) and abs(n) < 1e9 for n in numbers)):
+        if not (how["mean"] and how["std"] and all(type(n) in (int, float) and abs(n) < 1e9 for n in numbers)):
             raise TypeError
     except (KeyError, TypeError):
         raise BadInput(f"{directory / 'config.json'}: not written by n2n-fast run") from None
-    return name, found
+    return name, how
 
 
 def _load(options: dict[str, Any], seed: int, channels: int | None) -> ImageData:

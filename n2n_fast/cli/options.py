@@ -112,11 +112,11 @@ def numbers(_: click.Context, option: click.Parameter, value: str | None) -> lis
 def device(_: click.Context, option: click.Parameter, value: str | None) -> torch.device:
     """A device that can be used."""
     try:
-        found = torch.device(value or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=found)
+        chosen = torch.device(value or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise click.BadParameter(f"{value!r} cannot be used ({first_line(error)})", param=option) from None
-    return found
+    return chosen
 
 
 def version() -> str:
@@ -149,25 +149,25 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _parsed(context: click.Context, option: click.Parameter, given: Any) -> Any:
+def _parsed(context: click.Context, option: click.Parameter, value: Any) -> Any:
     name = str(option.name)
     if context.get_parameter_source(name) is ParameterSource.DEFAULT:
         return None
-    return parse(SETTINGS[name], ",".join(given) if isinstance(given, tuple) else given)
+    return parse(SETTINGS[name], ",".join(value) if isinstance(value, tuple) else value)
 
 
-def assignments(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> dict[str, Any]:
+def assignments(_: click.Context, __: click.Parameter, pairs: tuple[str, ...]) -> dict[str, Any]:
     """The callback of --set: by name the settings of name=value pairs."""
-    found = {}
-    for pair in given:
+    settings = {}
+    for pair in pairs:
         name, equals, text = (part.strip() for part in pair.partition("="))
         name = name.replace("-", "_")
         if not equals:
             raise BadInput(f"--set {pair}: give --set name=value")
         if name not in SETTINGS:
             raise BadInput(f"--set {name}: no setting{_nearest(name, SETTINGS)}; n2n-fast run --help-all lists them")
-        found[name] = parse(SETTINGS[name], text)
-    return found
+        settings[name] = parse(SETTINGS[name], text)
+    return settings
 
 
 def given_settings(context: click.Context) -> dict[str, Any]:
@@ -214,8 +214,8 @@ def unknown_variables(group: click.Group) -> list[str]:
     """A warning for each variable of the environment that looks like an option and is none."""
     params = [param for command in group.commands.values() for param in command.params]
     known = {str(param.envvar) for param in params if param.envvar} | set(OF_THE_BUILD)
-    found = [name for name in sorted(os.environ) if name.startswith(PREFIX) and name not in known]
-    return [f"warning: {name}: no option{_nearest(name, known)}" for name in found]
+    unknown = [name for name in sorted(os.environ) if name.startswith(PREFIX) and name not in known]
+    return [f"warning: {name}: no option{_nearest(name, known)}" for name in unknown]
 
 
 def take_run(context: click.Context, _: click.Parameter, directory: Path | None) -> Path | None:

@@ -17,15 +17,16 @@ def result_table(table: dict[str, Any]) -> str:
 
 
 def result_rows(table: dict[str, Any]) -> Rows:
-    teacher, student = table["teacher"], table["student"]
+    networks = table["teacher"], table["student"]
     return [
         ("", "teacher", "student"),
-        *((name, f"{teacher[key]:,}", f"{student[key]:,}") for name, key in (("params", "params"), ("MACs", "macs"))),
-        ("size on disk", *(f"{part['bytes'] / 1e6:.2f} MB" for part in (teacher, student))),
-        ("latency, 1 image", *(f"{part['latency_ms']:.2f} ms" for part in (teacher, student))),
-        ("latency, 64 images", *(f"{part['latency_ms_64']:.2f} ms" for part in (teacher, student))),
-        ("validation accuracy", *(percent(part["validation_accuracy"]) for part in (teacher, student))),
-        ("test accuracy", *(percent(part["test_accuracy"]) for part in (teacher, student))),
+        ("params", *(f"{network['params']:,}" for network in networks)),
+        ("MACs", *(f"{network['macs']:,}" for network in networks)),
+        ("size on disk", *(f"{network['bytes'] / 1e6:.2f} MB" for network in networks)),
+        ("latency, 1 image", *(f"{network['latency_ms']:.2f} ms" for network in networks)),
+        ("latency, 64 images", *(f"{network['latency_ms_64']:.2f} ms" for network in networks)),
+        ("validation accuracy", *(percent(network["validation_accuracy"]) for network in networks)),
+        ("test accuracy", *(percent(network["test_accuracy"]) for network in networks)),
         ("compression", "1.0x", f"{table['compression']:.1f}x"),
     ]
 
@@ -79,7 +80,18 @@ def layer_table(space: ArchitectureSpace) -> str:
         width = "chosen" if chooses else layer.width_note or "too narrow to shrink"
         fit = f"sliced: {layer.fit_note}" if layer.fit_note else ""
         rows.append(
-            (layer.name, layer.kind, *sizes, str(layer.out_channels), skip, groups, removable, width, _yes(crops), fit)
+            (
+                layer.name,
+                layer.kind,
+                *sizes,
+                str(layer.out_channels),
+                skip,
+                groups,
+                removable,
+                width,
+                "yes" if crops else "",
+                fit,
+            )
         )
     return _aligned(rows, left=(0, 1, 8, 9, 11))
 
@@ -137,10 +149,6 @@ def _times(a: int, b: int) -> str:
 
 def percent(value: float | None) -> str:
     return "none" if value is None else f"{value:.2%}"
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else ""
 
 
 def _aligned(rows: Rows, left: tuple[int, ...] = (0,)) -> str:

@@ -36,11 +36,11 @@ def checked(value: Any, kind: type[Kind]) -> Kind:
 def load_finite(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Load a state dict that fits in keys, shapes and kind of numbers, and is finite; RuntimeError or ValueError."""
     for name, value in module.state_dict().items():
-        given = state.get(name)
-        if isinstance(given, torch.Tensor):
-            if given.is_floating_point() != value.is_floating_point() or given.is_complex():
-                raise ValueError(f"{name} is of {given.dtype} instead of {value.dtype}")
-            if given.is_floating_point() and not bool(given.isfinite().all()):
+        saved = state.get(name)
+        if isinstance(saved, torch.Tensor):
+            if saved.is_floating_point() != value.is_floating_point() or saved.is_complex():
+                raise ValueError(f"{name} is of {saved.dtype} instead of {value.dtype}")
+            if saved.is_floating_point() and not bool(saved.isfinite().all()):
                 raise ValueError(f"{name} holds NaN or infinite values")
     module.load_state_dict(state)
 
@@ -49,8 +49,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     """Load the state of an optimizer of the same settings and the same parameters; ValueError otherwise."""
     if not isinstance(state, dict) or not isinstance(state["param_groups"], list):
         raise ValueError("its optimizer is none")
-    given = [{**group, "lr": None} for group in state["param_groups"]]
-    if given != [{**group, "lr": None} for group in optimizer.state_dict()["param_groups"]]:
+    groups = [{**group, "lr": None} for group in state["param_groups"]]
+    if groups != [{**group, "lr": None} for group in optimizer.state_dict()["param_groups"]]:
         raise ValueError("its optimizer has other settings")
     optimizer.load_state_dict(dict(state))
     for group in optimizer.param_groups:

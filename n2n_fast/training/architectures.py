@@ -23,23 +23,23 @@ def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
     return {key: tuple(value.shape) for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
-def misfit(wanted: Shapes, given: Shapes) -> tuple[float, str]:
+def differences(network: Shapes, file: Shapes) -> tuple[float, str]:
     """How a file's keys and shapes differ from those of a network: the share of all keys, 0 where none, and which."""
     differing = {
-        "missing": [key for key in wanted if key not in given],
-        "unexpected": [key for key in given if key not in wanted],
+        "missing": [key for key in network if key not in file],
+        "unexpected": [key for key in file if key not in network],
         "misshaped": [
-            f"{key} {given[key]} instead of {shape}"
-            for key, shape in wanted.items()
-            if key in given and given[key] != shape
+            f"{key} {file[key]} instead of {shape}"
+            for key, shape in network.items()
+            if key in file and file[key] != shape
         ],
     }
-    told = [
+    texts = [
         f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
         for kind, keys in differing.items()
         if keys
     ]
-    return sum(map(len, differing.values())) / max(1, len({**wanted, **given})), ", ".join(told)
+    return sum(map(len, differing.values())) / max(1, len({**network, **file})), ", ".join(texts)
 
 
 def infer_architecture(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
@@ -47,22 +47,22 @@ def infer_architecture(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]
 
     Raises BadInput that names the nearest architecture and what differs.
     """
-    given = shapes_of(state)
+    file = shapes_of(state)
     nearest: tuple[float, str] = (math.inf, "")
-    for form in _candidates(given):
-        options, differing, text = form.fit(given)
-        if not differing:
+    for form in _candidates(file):
+        options, share, text = form.compared(file)
+        if not share:
             return form.name, options
-        nearest = min(nearest, (differing, f"{form.name}: {text}"))
+        nearest = min(nearest, (share, f"{form.name}: {text}"))
     raise BadInput(
         f"fits no known architecture; nearest is {nearest[1]}; give --arch package.module:factory for your own"
     )
 
 
-def fit_architecture(name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
+def options_for(name: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The options with which `create` makes the network `name` of this state dict. Raises BadInput."""
-    options, differing, text = _form(name).fit(shapes_of(state))
-    if differing:
+    options, share, text = _form(name).compared(shapes_of(state))
+    if share:
         raise BadInput(f"does not fit {name}: {text}")
     return options
 
@@ -75,19 +75,19 @@ class _Form:
     shapes: Shapes
     is_resnet: bool
 
-    def fit(self, given: Shapes) -> tuple[dict[str, Any], float, str]:
-        """The options of `create` that leave no difference where there need be none, and the `misfit` that is left."""
+    def compared(self, file: Shapes) -> tuple[dict[str, Any], float, str]:
+        """The options of `create` with which the network is nearest to a file, and the `differences` that are left."""
         stem = next(key for key, shape in self.shapes.items() if len(shape) == 4)
         head = list(self.shapes)[-1].rpartition(".")[0]
-        channels = given.get(stem, self.shapes[stem])[1:2]
-        classes = given.get(f"{head}.weight", self.shapes[f"{head}.weight"])[:1]
-        cifar_stem = self.is_resnet and given.get(stem, ())[2:] == (3, 3)
+        channels = file.get(stem, self.shapes[stem])[1:2]
+        classes = file.get(f"{head}.weight", self.shapes[f"{head}.weight"])[:1]
+        cifar_stem = self.is_resnet and file.get(stem, ())[2:] == (3, 3)
         kernel = (3, 3) if cifar_stem else self.shapes[stem][2:]
-        wanted = {**self.shapes, stem: (*self.shapes[stem][:1], *channels, *kernel)}
+        shapes = {**self.shapes, stem: (*self.shapes[stem][:1], *channels, *kernel)}
         for key in {f"{head}.weight", f"{head}.bias"} & self.shapes.keys():  # not every classifier has a bias
-            wanted[key] = (*classes, *self.shapes[key][1:])
+            shapes[key] = (*classes, *self.shapes[key][1:])
         options = {"classes": math.prod(classes), "channels": math.prod(channels), "cifar_stem": cifar_stem}
-        return options, *misfit(wanted, given)
+        return options, *differences(shapes, file)
 
 
 class OnMeta(TorchFunctionMode):
@@ -113,9 +113,9 @@ def _form(name: str) -> _Form:
     return _Form(name, shapes_of(model.state_dict()), isinstance(model, ResNet))
 
 
-def _candidates(given: Shapes) -> Iterator[_Form]:
+def _candidates(file: Shapes) -> Iterator[_Form]:
     """Every architecture whose keys look like these: all of the families whose first member does."""
-    patterns = _patterns(given)
+    patterns = _patterns(file)
     for family in _families():
         first = _form(family[0])
         yield first

@@ -1,4 +1,4 @@
-"""Teachers in files of torch.save: out of their wrappers, and with the architecture that is asked for or fits."""
+"""Teachers in files of torch.save: out of their wrappers, in the architecture that is asked for or inferred."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from n2n_fast.files.errors import BadInput, first_line, raise_device_fault
 from n2n_fast.files.safe_load import WantsCode, read_tensors, read_trusted
-from n2n_fast.training.architectures import fit_architecture, infer_architecture, misfit, shapes_of
+from n2n_fast.training.architectures import differences, infer_architecture, options_for, shapes_of
 from n2n_fast.training.teachers import create
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "teacher")
@@ -79,7 +79,7 @@ def _without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _from_name(arch: str | None, state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
     state = {key: value for key, value in _without_prefixes(state).items() if not key.startswith(_AUXILIARY)}
     try:
-        name, options = infer_architecture(state) if arch is None else (arch, fit_architecture(arch, state))
+        name, options = infer_architecture(state) if arch is None else (arch, options_for(arch, state))
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
     if options["classes"] < 1 or options["channels"] < 1:
@@ -104,12 +104,12 @@ def _from_factory(arch: str, state: Mapping[str, Tensor], path: str | Path) -> n
         raise BadInput(f"{arch} failed ({type(error).__name__}: {first_line(error)})") from error
     if not isinstance(model, nn.Module):
         raise BadInput(f"{arch} gives a {type(model).__name__}; it must give a torch.nn.Module")
-    wanted, differing = shapes_of(model.state_dict()), ""
+    text = ""
     for tried in (state, _without_prefixes(state)):
-        share, differing = misfit(wanted, shapes_of(tried))
+        share, text = differences(shapes_of(model.state_dict()), shapes_of(tried))
         if not share:
             return _filled(model, tried)
-    raise BadInput(f"{path} does not fit {arch}: {differing}")
+    raise BadInput(f"{path} does not fit {arch}: {text}")
 
 
 def _import_factory(arch: str) -> Callable[[], Any]:

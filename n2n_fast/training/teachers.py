@@ -134,27 +134,27 @@ def input_channels(model: nn.Module) -> int | None:
     return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
 
-def check_fits(model: nn.Module, data: ImageData, name: str = "the teacher") -> None:
+def check_teacher(model: nn.Module, data: ImageData) -> None:
     """Raise BadInput unless `model` takes images of `data` and tells as many classes apart."""
     wanted = input_channels(model)
     if wanted is not None and wanted != data.train.channels:
         raise BadInput(
-            f"{name} takes images of {wanted} channels but {data.name} gives {data.train.channels};"
+            f"the teacher takes images of {wanted} channels but {data.name} gives {data.train.channels};"
             " use a teacher that was trained on such images"
         )
     index = torch.arange(min(2, len(data.train)), device=data.train.labels.device)
-    logits = _try_forward(model, data.train.batch(index)[0], name)
+    logits = _try_forward(model, data.train.batch(index)[0], "the teacher")
     if logits.ndim != 2 or len(logits) != len(index):
         raise BadInput(
-            f"{name} gives an output of shape {tuple(logits.shape)}; expected logits ({len(index)}, classes)"
+            f"the teacher gives an output of shape {tuple(logits.shape)}; expected logits ({len(index)}, classes)"
         )
     if logits.shape[1] != data.classes:
         raise BadInput(
-            f"{name} tells {logits.shape[1]} classes apart but the data has {data.classes};"
+            f"the teacher tells {logits.shape[1]} classes apart but the data has {data.classes};"
             " give the data that it was trained on"
         )
     if not bool(logits.isfinite().all()):
-        raise BadInput(f"{name} gives NaN or infinite logits on {data.name}; its weights are damaged")
+        raise BadInput(f"the teacher gives NaN or infinite logits on {data.name}; its weights are damaged")
 
 
 @torch.no_grad()
