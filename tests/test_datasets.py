@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision import datasets
 
 from n2n_fast.files.errors import BadInput
@@ -62,13 +61,11 @@ def test_digits() -> None:
     assert int(digits.train.labels.bincount().min()) > 100
 
 
-def test_the_test_digits_do_not_depend_on_the_seed() -> None:
-    one, two = load("digits", seed=1), load("digits", seed=2, image_size=10)
-    assert one.test is not None
-    assert two.test is not None
-    assert torch.equal(one.test.labels, two.test.labels)
-    assert two.test.image_size == (10, 10)
-    assert not torch.equal(one.train.labels, two.train.labels)
+def test_the_parts_of_the_digits_do_not_depend_on_their_size() -> None:
+    one, two = load("digits"), load("digits", image_size=10)
+    assert two.train.image_size == (10, 10)
+    for part, split in one.parts.items():
+        assert torch.equal(split.labels, two.parts[part].labels)
 
 
 def test_the_digits_file_is_small_and_scikit_learns() -> None:
@@ -247,64 +244,6 @@ def test_a_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(BadInput, match=r"cannot be downloaded into .*\(OSError: no route to host\)") as error:
         load(f"cifar10:{tmp_path}", download=True)
     message(error)
-
-
-# --- imagefolder
-
-
-def write_folder(folder: Path, names: tuple[str, ...] = ("cat", "dog"), size: tuple[int, int] = (20, 16)) -> None:
-    for shade, name in enumerate(names):
-        (folder / name).mkdir(parents=True)
-        for place in range(10):
-            pixels = np.full((size[1], size[0], 3), 100 * shade + place, dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{place}.png")
-
-
-@pytest.mark.parametrize("held", ["test", "val", None])
-def test_imagefolder(held: str | None, tmp_path: Path) -> None:
-    write_folder(tmp_path / "train" if held else tmp_path)
-    if held:
-        write_folder(tmp_path / held)
-    folder = load(f"imagefolder:{tmp_path}")
-    assert folder.test is not None
-    assert folder.train.images.shape[1:] == (3, 16, 16)  # the short side of the first image
-    assert len(folder.test) == (20 if held else 4)
-    assert folder.classes == 2
-    assert folder.augmentation == Augmentation(crop=2, flip=True)
-    assert torch.equal(folder.train.images[:, 0, 3, 3] // 100, folder.train.labels.byte())
-    assert load(f"imagefolder:{tmp_path}", image_size=24).train.image_size == (24, 24)
-
-
-def test_grey_imagefolder_for_one_channel(tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    with pytest.raises(BadInput, match="is no grey image but 1 channel is asked for"):
-        load(f"imagefolder:{tmp_path}", channels=1)
-    for path in tmp_path.rglob("*.png"):
-        Image.open(path).convert("L").save(path)
-    assert load(f"imagefolder:{tmp_path}", channels=1).train.images.shape[1] == 1
-    assert load(f"imagefolder:{tmp_path}").train.images.shape[1] == 3
-
-
-def test_bad_imagefolders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BadInput, match="nowhere is not a directory"):
-        load(f"imagefolder:{tmp_path / 'nowhere'}")
-    with pytest.raises(BadInput, match="is no folder of class folders of images"):
-        load(f"imagefolder:{tmp_path}")
-    write_folder(tmp_path / "train")
-    write_folder(tmp_path / "test", ("cat", "cow"))
-    with pytest.raises(BadInput, match=r"differ in their class folders \(cow, dog\)"):
-        load(f"imagefolder:{tmp_path}")
-    write_folder(tmp_path / "one", ("cat",))
-    with pytest.raises(BadInput, match="1 class in the training data"):
-        load(f"imagefolder:{tmp_path / 'one'}")
-    broken = tmp_path / "train" / "dog" / "3.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    with pytest.raises(BadInput, match=r"3\.png cannot be decoded .*; remove or repair it") as error:
-        load(f"imagefolder:{tmp_path / 'train'}")
-    message(error)
-    monkeypatch.setattr("n2n_fast.training.datasets._memory_bytes", lambda: 10_000)
-    with pytest.raises(BadInput, match=r"GB are needed for the images but half of memory is 0\.0 GB"):
-        load(f"imagefolder:{tmp_path / 'test'}")
 
 
 # --- npz
