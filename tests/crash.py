@@ -42,7 +42,7 @@ def small_problem():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(200) % 2
     images = torch.randn(200, 1, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1)
-    data = from_tensors("bright", (images, labels), seed=0)
+    data = from_tensors("bright", (images, labels))
     with seeded(0, torch.device("cpu")):
         teacher = SmallResNet(1, data.classes, 1)
     return train(teacher, Batches(data.train, teacher, 4, 32, None, seed=0), learning_rate=0.1), data

@@ -143,7 +143,7 @@ def data():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(200) % 2
     images = torch.randn(200, 1, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1)
-    return from_tensors("bright", (images, labels), seed=0)
+    return from_tensors("bright", (images, labels))
 
 
 @pytest.fixture(scope="module")
