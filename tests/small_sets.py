@@ -32,8 +32,8 @@ def make(count: int = 100, classes: int = 4, **options: Any) -> ImageData:
 
 
 @contextlib.contextmanager
-def refused(text: str) -> Iterator[None]:
+def refused(text: str) -> Iterator[pytest.ExceptionInfo[BadInput]]:
     """Within it, BadInput is raised with a message of one line in which the pattern `text` occurs."""
     with pytest.raises(BadInput, match=text) as error:
-        yield
+        yield error
     assert "\n" not in str(error.value)

@@ -10,7 +10,6 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision import datasets
 
 from hostile import npy
@@ -55,12 +54,12 @@ def test_digits():
     assert int(digits.train.labels.bincount().min()) > 100
 
 
-def test_the_test_digits_do_not_depend_on_the_seed():
-    one, two = load("digits", seed=1), load("digits", seed=2, image_size=10)
-    assert torch.equal(one.test.labels, two.test.labels)
-    assert two.test.image_size == (10, 10)
+def test_the_parts_of_the_digits_do_not_depend_on_their_size():
+    one, two = load("digits"), load("digits", image_size=10)
+    assert two.train.image_size == (10, 10)
     assert two.test.images.dtype == torch.uint8
-    assert not torch.equal(one.train.labels, two.train.labels)
+    for part, split in one.parts.items():
+        assert torch.equal(split.labels, two.parts[part].labels)
 
 
 def test_the_digits_are_scikit_learns():
@@ -213,62 +212,6 @@ def test_what_reading_or_fetching_raises_is_one_line(step, error, text, tmp_path
     monkeypatch.setattr(datasets, "CIFAR10", type("Failing", (datasets.CIFAR10,), {step: fail}))
     with refused(text):
         load(f"cifar10:{tmp_path}", download=step == "download")
-
-
-# --- imagefolder
-
-
-def write_folder(folder, names=("cat", "dog")):
-    for shade, name in enumerate(names):
-        (folder / name).mkdir(parents=True)
-        for place in range(10):
-            pixels = np.full((16, 20, 3), 100 * shade + place, dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{place}.png")
-
-
-@pytest.mark.parametrize("test_folder", ["test", "val", None])
-def test_imagefolder(test_folder, tmp_path):
-    write_folder(tmp_path / "train" if test_folder else tmp_path)
-    if test_folder:
-        write_folder(tmp_path / test_folder)
-    folder = load(f"imagefolder:{tmp_path}")
-    assert folder.train.images.shape[1:] == (3, 16, 16)  # the short side of the first image
-    assert len(folder.test) == (20 if test_folder else 4)
-    assert folder.classes == 2
-    assert folder.augmentation == Augmentation(crop=2, flip=True)
-    assert torch.equal(folder.train.images[:, 0, 3, 3] // 100, folder.train.labels.byte())
-    assert load(f"imagefolder:{tmp_path}", image_size=24).train.image_size == (24, 24)
-
-
-def test_grey_imagefolder_for_one_channel(tmp_path):
-    write_folder(tmp_path)
-    with refused("is no grey image but 1 channel is asked for"):
-        load(f"imagefolder:{tmp_path}", channels=1)
-    for path in tmp_path.rglob("*.png"):
-        Image.open(path).convert("L").save(path)
-    assert load(f"imagefolder:{tmp_path}", channels=1).train.images.shape[1] == 1
-    assert load(f"imagefolder:{tmp_path}").train.images.shape[1] == 3
-
-
-def test_bad_imagefolders_are_refused(tmp_path, monkeypatch):
-    with refused("nowhere is not a directory"):
-        load(f"imagefolder:{tmp_path / 'nowhere'}")
-    with refused("is no folder of class folders of images"):
-        load(f"imagefolder:{tmp_path}")
-    write_folder(tmp_path / "train")
-    write_folder(tmp_path / "test", ("cat", "cow"))
-    with refused(r"differ in their class folders \(cow, dog\)"):
-        load(f"imagefolder:{tmp_path}")
-    write_folder(tmp_path / "one", ("cat",))
-    with refused("1 class in the training data"):
-        load(f"imagefolder:{tmp_path / 'one'}")
-    broken = tmp_path / "train" / "dog" / "3.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    with refused(r"3\.png cannot be decoded .*; remove or repair it"):
-        load(f"imagefolder:{tmp_path / 'train'}")
-    monkeypatch.setattr("n2n_fast.training.datasets._memory_bytes", lambda: 10_000)
-    with refused(r"GB are needed for the images but half of memory is 0\.0 GB"):
-        load(f"imagefolder:{tmp_path / 'test'}")
 
 
 # --- npz

@@ -121,7 +121,7 @@ def test_a_diverging_training_is_stopped(digits):
 
 
 def test_train_needs_two_images():
-    images, labels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1])
+    images, labels = torch.arange(3 * 64, dtype=torch.uint8).view(3, 1, 8, 8), torch.tensor([0, 1, 1])
     tiny = from_tensors("tiny", (images, labels), (images, labels), validation=2)
     with refused("tiny: 1 training image"):
         train_teacher(create("digits_resnet", 2, 1), tiny, epochs=1)

@@ -85,7 +85,7 @@ BUDGETS = {
 def images(directory, name):
     of = TEACHERS[name]
     spec = f"fashion-mnist:{directory}"
-    return n2n_fast.load(spec, image_size=of["image_size"], channels=of["channels"], seed=0)
+    return n2n_fast.load(spec, image_size=of["image_size"], channels=of["channels"])
 
 
 def teacher_file(name):

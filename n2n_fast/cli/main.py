@@ -363,7 +363,7 @@ def _load(options: dict[str, Any], seed: int, channels: int | None) -> ImageData
     """The data that the options name, with these input channels."""
     named = {name: options[name] for name in ("image_size", "mean", "std", "download", "device")}
     validation = DIGITS_VALIDATION if options["data"] == DIGITS else None
-    return load(options["data"], channels=channels, seed=seed, validation=validation, **named)
+    return load(options["data"], channels=channels, validation=validation, **named)
 
 
 def _teach(model: nn.Module, images: ImageData, quiet: bool, **options: Any) -> nn.Module:

@@ -30,6 +30,12 @@ def first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
+def described(error: BaseException) -> str:
+    """The type of an error and the first line of its message."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
+
+
 # torch has types of its own for some of these errors, in some versions; the others are told by their text.
 _FAULT_TYPE = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)  # the former from torch 2.8 on
 _FAULT = re.compile(r"(CUDA|HIP)( driver)? error|.*(CUDNN|CUBLAS)_STATUS_")

@@ -1,18 +1,17 @@
-"""Image data as tensors on the device: splits, their normalisation and augmentation, accuracy on them."""
+"""Image data as tensors on the device: its parts, their normalisation and augmentation, accuracy on them."""
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from n2n_fast.files.errors import BadInput
-from n2n_fast.training.seeds import generator
+from n2n_fast.training.splits import Part, Parts, complete, digest_of, in_two_parts, keys_of
 
-VALIDATION_SHARE = 0.1
-VALIDATION_LIMIT = 5000
-TEST_SHARE = 0.2  # of a set that comes without a test split
+NORMALISED = 16.0  # numbers that no normalised image exceeds
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,11 @@ def _crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set, its training data split once into train and validation; test is None where there is none."""
+    """A data set in its three parts; test is None where there is none.
+
+    class_names: one a class. origins: where each part comes from, by its name. notes: lines on what was scaled, skipped
+    or found twice. digest: of the content of all parts.
+    """
 
     name: str
     train: Split
@@ -125,52 +128,130 @@ class ImageData:
     test: Split | None
     classes: int
     augmentation: Augmentation | None = None
+    class_names: tuple[str, ...] = ()
+    origins: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    digest: str = ""
 
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data on another device."""
         test = None if self.test is None else self.test.to(device)
         return replace(self, train=self.train.to(device), validation=self.validation.to(device), test=test)
 
+    @property
+    def parts(self) -> dict[str, Split]:
+        """The parts that there are, by name."""
+        named = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in named.items() if split is not None}
+
+    def described(self) -> dict[str, Any]:
+        """What the data were taken to be, as JSON has it.
+
+        image_size: (height, width); range: of the stored numbers; mean, std: by which they are normalised.
+        """
+        train = self.train
+        return {
+            "name": self.name,
+            "digest": self.digest,
+            "classes": list(self.class_names),
+            "parts": {name: {"images": len(s), "from": self.origins.get(name, "")} for name, s in self.parts.items()},
+            "image_size": list(train.image_size),
+            "channels": train.channels,
+            "dtype": _name(train.images.dtype),
+            "range": [float(train.images.min()), float(train.images.max())],
+            "mean": train.mean.tolist(),
+            "std": train.std.tolist(),
+            "notes": list(self.notes),
+        }
+
+
+Labelled = tuple[Tensor, Tensor]
+
 
 def from_tensors(
     name: str,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor] | None = None,
+    train: Labelled,
+    test: Labelled | float | None = None,
     *,
+    validation: Labelled | float | None = None,
     classes: int | None = None,
+    class_names: Sequence[str] = (),
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     channels: int | None = None,
     augmentation: Augmentation | None = None,
-    validation: float | None = None,
-    seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> ImageData:
-    """Check images (N, C, H, W; uint8 or float) with integer labels (N,) and split them by `seed`.
+    """Check images (N, C, H, W; uint8 or float) with integer labels (N,), and cut the parts that are missing.
 
-    Without `test` a fifth of `train` becomes the test split before anything else. Without `mean` and `std` those of
-    uint8 images are measured, while float images are taken as already normalised. validation: a share below 1, or a
-    number of images; a tenth, at most 5,000, by default. Raises BadInput.
+    test, validation: images with labels, or a share below 1 or a number of images of `train`. By default the test part
+    is half of the validation part or a fifth of `train`, and the validation part a tenth of the rest, at most 5,000;
+    what is cut depends on the images alone. Without `mean` and `std` those of uint8 images are measured, while float
+    images are taken as already normalised; those in 0..255 are scaled to 0..1. Raises BadInput.
     """
-    parts = [_checked(f"{name}, train", *train)]
-    if test is not None:
-        parts.append(_checked(f"{name}, test", *test))
-        if parts[0][0].shape[1:] != parts[1][0].shape[1:]:
-            shapes = " but ".join(str(tuple(images.shape[1:])) for images, _ in parts)
-            raise BadInput(f"{name}: train images are {shapes} in test (channels, height, width); make them equal")
-    classes = _check_classes(name, [labels for _, labels in parts], classes)
-    moments = _moments(name, parts[0][0], mean, std, channels)
-    whole = Split(*parts[0], *moments)
-    if test is None:
-        rest, kept = split_off(whole, max(1, round(TEST_SHARE * len(whole))), seed)
-    else:
-        rest, kept = whole, Split(*parts[1], *moments)
-    learn, held_out = split_off(rest, _validation_count(name, validation, len(rest)), seed + 1)
-    return ImageData(name, learn, held_out, kept, classes, augmentation).to(device)
+    given = {"train": train, "validation": validation, "test": test}
+    shares = {part: value for part, value in given.items() if isinstance(value, int | float)}
+    parts = {part: Part(*value, part) for part, value in given.items() if isinstance(value, tuple)}
+    return assemble(
+        name,
+        Parts(**parts),
+        validation=shares.get("validation"),
+        test=shares.get("test"),
+        classes=classes,
+        class_names=class_names,
+        mean=mean,
+        std=std,
+        channels=channels,
+        augmentation=augmentation,
+    ).to(device)
 
 
-def _checked(name: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The same images as uint8 or float32 and labels as int64, or BadInput."""
+def assemble(
+    name: str,
+    parts: Parts,
+    *,
+    validation: float | None = None,
+    test: float | None = None,
+    classes: int | None = None,
+    class_names: Sequence[str] = (),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    channels: int | None = None,
+    augmentation: Augmentation | None = None,
+    notes: Sequence[str] = (),
+) -> ImageData:
+    """The data set of parts as they were read; as `from_tensors`."""
+    checked = {part: _checked(f"{name}, {part}", value) for part, value in parts.named.items()}
+    shapes = {part: tuple(value.images.shape[1:]) for part, value in checked.items()}
+    for part, shape in shapes.items():
+        if shape != shapes["train"]:
+            raise BadInput(
+                f"{name}: train images are {shapes['train']} but {shape} in {part} (channels, height, width);"
+                " make them equal"
+            )
+    classes = _check_classes(name, [value.labels for value in checked.values()], classes)
+    checked, scaled = _scaled(name, checked)
+    moments = _moments(name, checked["train"].images, mean, std, channels)
+    whole = complete(name, Parts(**checked), validation, test)
+    splits = {part: Split(value.images, value.labels, *moments) for part, value in whole.named.items()}
+    keys = {part: (value.keys, value.labels) for part, value in whole.named.items() if value.keys is not None}
+    return ImageData(
+        name,
+        splits["train"],
+        splits["validation"],
+        splits.get("test"),
+        classes,
+        augmentation,
+        tuple(class_names) or tuple(map(str, range(classes))),
+        {part: value.origin for part, value in whole.named.items()},
+        (*notes, *scaled, *in_two_parts(whole)),
+        digest_of(keys),
+    )
+
+
+def _checked(name: str, part: Part) -> Part:
+    """The same images as uint8 or float32, with labels as int64 and keys; or BadInput."""
+    images, labels = part.images, part.labels
     if images.ndim != 4:
         raise BadInput(f"{name}: images have shape {tuple(images.shape)}; expected (N, C, H, W)")
     if labels.ndim != 1:
@@ -181,6 +262,7 @@ def _checked(name: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
         raise BadInput(f"{name}: {len(images)} images but {len(labels)} labels; each image needs one label")
     if images.numel() == 0:
         raise BadInput(f"{name}: no images, the shape is {tuple(images.shape)}; hand over at least two classes of them")
+    keys = keys_of(images) if part.keys is None else part.keys
     if images.dtype.is_floating_point:
         images = images.float()
         if not bool(images.isfinite().all()):
@@ -188,7 +270,26 @@ def _checked(name: str, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
             raise BadInput(f"{name}: image {bad} holds NaN or infinite values; remove or repair it")
     elif images.dtype != torch.uint8:
         raise BadInput(f"{name}: images are {_name(images.dtype)}; store them as uint8 (0..255) or float32")
-    return images, labels.long()
+    return replace(part, images=images, labels=labels.long(), keys=keys)
+
+
+def _scaled(name: str, parts: dict[str, Part]) -> tuple[dict[str, Part], list[str]]:
+    """Float images in 0..255 as such in 0..1, and a line that says so; BadInput for a range that means nothing."""
+    if not parts["train"].images.dtype.is_floating_point:
+        return parts, []
+    low = min(float(part.images.min()) for part in parts.values())
+    high = max(float(part.images.max()) for part in parts.values())
+    span = f"{low:.4g}..{high:.4g}"
+    if low >= -NORMALISED and high <= NORMALISED:
+        inside = low >= 0 and high <= 1
+        return parts, [f"float images in {span}: taken as {'pixels in 0..1' if inside else 'already normalised'}"]
+    if low < 0 or high > 255:
+        raise BadInput(
+            f"{name}: float images reach over {span}; scale them to 0..1 or 0..255, or normalise them"
+            f" (-{NORMALISED:.0f}..{NORMALISED:.0f})"
+        )
+    scaled = {part: replace(value, images=value.images / 255) for part, value in parts.items()}
+    return scaled, [f"float images in {span}: scaled from 0..255 to 0..1"]
 
 
 def _check_classes(name: str, labels: list[Tensor], classes: int | None) -> int:
@@ -251,35 +352,6 @@ def _measure(images: Tensor) -> tuple[list[float], list[float]]:
         means.append(centre)
         deviations.append(max(float((share * (levels - centre) ** 2).sum()) ** 0.5, 1 / 255))
     return means, deviations
-
-
-def _validation_count(name: str, validation: float | None, total: int) -> int:
-    """Images to hold out of `total` for validation."""
-    if total < 2:
-        raise BadInput(f"{name}: too few images to split, {total} is left for training and validation; add some")
-    if validation is None:
-        return max(1, min(round(VALIDATION_SHARE * total), VALIDATION_LIMIT))
-    count = round(validation * total) if 0 < validation < 1 else validation
-    if not 0 < count < total or count != int(count):
-        raise BadInput(
-            f"{name}: validation is {validation}; give a share between 0 and 1 or a number of the {total} images"
-        )
-    return int(count)
-
-
-def split_off(split: Split, count: int, seed: int) -> tuple[Split, Split]:
-    """Split at random into (the rest, `count` images), each class in proportion.
-
-    In a shuffled order sorted by class, every (N / count)-th image is taken.
-    """
-    shuffled = torch.randperm(len(split), generator=generator(seed))
-    labels = split.labels.cpu()
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    taken = (torch.arange(count, dtype=torch.float64).add(0.5) * (len(split) / count)).long()
-    chosen = torch.zeros(len(split), dtype=torch.bool)
-    chosen[by_class[taken]] = True
-    index = chosen.to(split.images.device)
-    return split.subset(~index), split.subset(index)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -3,12 +3,11 @@
 import contextlib
 import gzip
 import io
-import math
 import os
+import re
 import sys
 import tempfile
 import warnings
-import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,45 +19,60 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from n2n_fast.files.errors import BadInput, first_line
-from n2n_fast.files.safe_load import FREE_BYTES
-from n2n_fast.training.data import TEST_SHARE, Augmentation, ImageData, Split, from_tensors, split_off
+from n2n_fast.files.errors import BadInput, described
+from n2n_fast.training.arrays import read_npz
+from n2n_fast.training.data import Augmentation, ImageData, assemble
+from n2n_fast.training.folders import read_folder
+from n2n_fast.training.splits import Part, Parts, keys_of
 
-MOST_UNPACKED = 200  # times the length of an .npz file: images do not compress like that
+NATURAL = "natural"  # the order of names in which 2 comes before 10
+LARGEST_SIZE = 4096  # pixels
+DIGITS = tuple("0123456789")
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What a reader is asked for; `where` is the part of the spec behind the colon."""
+    """What a reader is asked for. where: the part of the spec behind the colon. others: paths of further parts."""
 
     name: str
     where: Path
-    image_size: int | None
+    image_size: tuple[int, int] | None
     channels: int | None
     download: bool
+    skip_bad: bool
+    others: dict[str, Path]
+    spec: str
+
+    def check_memory(self, needed: int) -> None:
+        """Refuse `needed` bytes that are more than half of this machine's memory."""
+        limit = _memory_bytes() // 2
+        if needed > limit:
+            raise BadInput(
+                f"{self.spec}: {needed / 1e9:.1f} GB are needed for the images but half of memory is"
+                f" {limit / 1e9:.1f} GB; use a smaller --image-size or fewer images"
+            )
 
 
 @dataclass(frozen=True)
-class _Arrays:
-    """What a reader gives: images (N, C, H, W) and labels (N,), unchecked; test is None where there is none."""
+class _Content:
+    """What a reader gives: parts, unchecked, the names of the classes where it knows them, and notes."""
 
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor] | None
-    classes: int | None = None
+    parts: Parts
+    class_names: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class _Source:
     """A kind of data set; mean and std are the published ones, crop is a share of the image size."""
 
-    read: Callable[[_Request], _Arrays]
+    read: Callable[[_Request], _Content]
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     crop: float = 0.0
     flip: bool = False
     path: str = "DIR"
     downloadable: bool = False
-    test_seed: int | None = None
     grey_mean_std: tuple[float, float] | None = field(default=None)
 
     def augmentation(self, size: int) -> Augmentation | None:
@@ -70,46 +84,62 @@ class _Source:
 def load(
     spec: str,
     *,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     classes: int | None = None,
+    class_order: str | Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     download: bool = False,
-    seed: int = 0,
-    validation: float | None = None,
+    validation: float | str | Path | None = None,
+    test: float | str | Path | None = None,
+    skip_bad: bool = False,
     device: torch.device | str = "cpu",
 ) -> ImageData:
-    """Read digits, cifar10:DIR, cifar100:DIR, svhn:DIR, fashion-mnist:DIR, imagefolder:DIR or npz:FILE; or BadInput.
+    """Read `digits`, `cifar10:DIR`, `cifar100:DIR`, `svhn:DIR`, `fashion-mnist:DIR`, `imagefolder:DIR` or `npz:FILE`.
 
-    image_size: pixels of the square that images are resized to, short side first, then cropped at the centre.
-    channels: of a batch; grey images can be asked for as 3. classes: where the labels do not show their number. mean,
-    std: of pixels in 0..1, one or one for each channel; default: the set's. validation, seed: as of `from_tensors`.
+    image_size: pixels that images are resized to, (height, width) or of a square: scaled to cover it, then cropped at
+    the centre. channels: of a batch; grey images can be asked for as 3. classes: where the labels do not show their
+    number. class_order: the names of the classes in the order of the teacher's outputs, or "natural", in which 2 comes
+    before 10. mean, std: of pixels in 0..1, one or one for each channel, in place of the published ones. validation,
+    test: a folder or .npz file of that part, or a share or a number of the training images; see `from_tensors`.
+    skip_bad: go on without images that cannot be read. Raises BadInput.
     """
-    source, request = _parse(spec, image_size, channels, download)
-    arrays = source.read(request)
-    train, test = _resized(spec, arrays.train, image_size), arrays.test and _resized(spec, arrays.test, image_size)
-    if test is None and source.test_seed is not None:
-        train, test = _fixed_test(train, source.test_seed)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    further = {"validation": validation, "test": test}
+    others = {part: Path(value).expanduser() for part, value in further.items() if isinstance(value, str | Path)}
+    shares = {part: value for part, value in further.items() if isinstance(value, int | float)}
+    source, request = _parse(spec, size, channels, download, skip_bad, others)
+    content = source.read(request)
+    parts = {part: _resized(request, value) for part, value in content.parts.named.items()}
+    names, parts = _ordered(spec, content.class_names, parts, class_order)
+    images = parts["train"].images
     published_mean, published_std = source.mean, source.std
-    if source.grey_mean_std is not None and train[0].shape[1] == 1 and channels != 3:
+    if source.grey_mean_std is not None and images.shape[1] == 1 and channels != 3:
         published_mean, published_std = ((value,) for value in source.grey_mean_std)
-    return from_tensors(
+    return assemble(
         spec,
-        train,
-        test,
-        classes=classes or arrays.classes,
+        Parts(**parts),
+        classes=classes or len(names) or None,
+        class_names=names,
         mean=mean or published_mean,
         std=std or published_std,
         channels=channels,
-        augmentation=source.augmentation(min(train[0].shape[2:])) if train[0].ndim == 4 else None,
-        validation=validation,
-        seed=seed,
-        device=device,
-    )
+        augmentation=source.augmentation(min(images.shape[2:])) if images.ndim == 4 else None,
+        notes=content.notes,
+        validation=shares.get("validation"),
+        test=shares.get("test"),
+    ).to(device)
 
 
-def _parse(spec: str, image_size: int | None, channels: int | None, download: bool) -> tuple[_Source, _Request]:
+def _parse(
+    spec: str,
+    size: tuple[int, int] | None,
+    channels: int | None,
+    download: bool,
+    skip_bad: bool,
+    others: dict[str, Path],
+) -> tuple[_Source, _Request]:
     """Settle what `spec` asks for."""
     name, _, where = spec.partition(":")
     source = _SOURCES.get(name)
@@ -118,47 +148,56 @@ def _parse(spec: str, image_size: int | None, channels: int | None, download: bo
         raise BadInput(f"{spec!r} is no known data set; give one of {known}")
     if bool(where) != bool(source.path):
         raise BadInput(f"{spec!r}: write it as {name}{':' + source.path if source.path else ''}")
-    if image_size is not None and not 0 < image_size <= 4096:
-        raise BadInput(f"image size {image_size} is out of range; give 1 to 4096 pixels")
+    if size is not None and not all(0 < side <= LARGEST_SIZE for side in size):
+        text = size[0] if size[0] == size[1] else f"{size[0]}x{size[1]}"
+        raise BadInput(f"image size {text} is out of range; give 1 to {LARGEST_SIZE} pixels")
     if download and not source.downloadable:
         able = ", ".join(kind for kind, entry in _SOURCES.items() if entry.downloadable)
         raise BadInput(f"{name} cannot be downloaded; leave out --download, which is for {able}")
-    return source, _Request(name, Path(where).expanduser(), image_size, channels, download)
+    for part, path in others.items():
+        if name not in ("imagefolder", "npz"):
+            raise BadInput(f"--{part} {path}: {name} has parts of its own; give a share or a number of images")
+    return source, _Request(name, Path(where).expanduser(), size, channels, download, skip_bad, others, spec)
 
 
-def _resized(spec: str, part: tuple[Tensor, Tensor], size: int | None) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) scaled so that the short side has `size` pixels, then cropped at the centre."""
-    images, labels = part
-    if size is None or images.ndim != 4 or not images.numel() or tuple(images.shape[2:]) == (size, size):
+def _resized(request: _Request, part: Part) -> Part:
+    """Images (N, C, H, W) scaled to cover the size asked for, then cropped at the centre."""
+    images, size = part.images, request.image_size
+    if size is None or images.ndim != 4 or not images.numel() or tuple(images.shape[2:]) == size:
         return part
     from torchvision.transforms import functional
 
     itemsize = 1 if images.dtype == torch.uint8 else 4
-    _check_memory(spec, len(images) * images.shape[1] * size * size * itemsize)
-    if images.dtype != torch.uint8:
-        images = images.float()
+    request.check_memory(len(images) * images.shape[1] * size[0] * size[1] * itemsize)
+    scale = max(wanted / side for wanted, side in zip(size, images.shape[2:], strict=True))
+    covering = [max(wanted, int(side * scale)) for wanted, side in zip(size, images.shape[2:], strict=True)]
+    keys = keys_of(images) if part.keys is None else part.keys
     chunks = [
-        functional.center_crop(functional.resize(chunk, [size], antialias=True), [size, size])
-        for chunk in (images[start : start + 4096] for start in range(0, len(images), 4096))
+        functional.center_crop(functional.resize(chunk, covering, antialias=True), list(size))
+        for chunk in torch.split(images if images.dtype == torch.uint8 else images.float(), 4096)
     ]
-    return torch.cat(chunks), labels
+    return replace(part, images=torch.cat(chunks), keys=keys)
 
 
-def _fixed_test(part: tuple[Tensor, Tensor], seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Split off the same test images whatever the run's seed."""
-    nothing = torch.zeros(0)
-    rest, test = split_off(Split(*part, nothing, nothing), round(TEST_SHARE * len(part[1])), seed)
-    return (rest.images, rest.labels), (test.images, test.labels)
+def _ordered(
+    spec: str, names: Sequence[str], parts: dict[str, Part], order: str | Sequence[str] | None
+) -> tuple[tuple[str, ...], dict[str, Part]]:
+    """Class names and parts with the classes numbered in this order."""
+    if order is None:
+        return tuple(names), parts
+    if not names:
+        names = tuple(map(str, range(1 + max(int(part.labels.max()) for part in parts.values()))))
+    wanted = sorted(names, key=natural) if order == NATURAL else list(order)
+    if sorted(wanted) != sorted(names):
+        odd = ", ".join(sorted(set(wanted) ^ set(names))[:3]) or "a name twice"
+        raise BadInput(f"{spec}: --class-order and the {len(names)} classes differ ({odd}); name each class once")
+    number = torch.tensor([wanted.index(name) for name in names])
+    return tuple(wanted), {key: replace(part, labels=number[part.labels.long()]) for key, part in parts.items()}
 
 
-def _check_memory(spec: str, needed: int) -> None:
-    """Refuse `needed` bytes that are more than half of this machine's memory."""
-    limit = _memory_bytes() // 2
-    if needed > limit:
-        raise BadInput(
-            f"{spec}: {needed / 1e9:.1f} GB are needed for the images but half of memory is {limit / 1e9:.1f} GB;"
-            " use a smaller --image-size or fewer images"
-        )
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key by which names are sorted with their numbers as numbers."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
 
 
 def _memory_bytes() -> int:
@@ -168,15 +207,16 @@ def _memory_bytes() -> int:
         return sys.maxsize
 
 
-def _read_digits(_: _Request) -> _Arrays:
+def _read_digits(request: _Request) -> _Content:
     """Scikit-learn's digits, their levels 0..16 spread over 0..255."""
     with resources.files("n2n_fast.training").joinpath("digits.npz").open("rb") as file:
         arrays = np.load(io.BytesIO(file.read()), allow_pickle=False)
     levels = torch.from_numpy(arrays["images"]).float() * (255 / 16)
-    return _Arrays((levels.round().byte().unsqueeze(1), torch.from_numpy(arrays["labels"]).long()), None, 10)
+    images, labels = levels.round().byte().unsqueeze(1), torch.from_numpy(arrays["labels"]).long()
+    return _Content(Parts(Part(images, labels, "digits")), DIGITS)
 
 
-def _read_cifar(request: _Request) -> _Arrays:
+def _read_cifar(request: _Request) -> _Content:
     from torchvision import datasets
 
     kind: Any = datasets.CIFAR10 if request.name == "cifar10" else datasets.CIFAR100
@@ -189,10 +229,10 @@ def _read_cifar(request: _Request) -> _Arrays:
     parts = _read_torchvision(request, lambda train, **options: (Flat if here else kind)(train=train, **options))
     tensors = [(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), part.targets) for part in parts]
     train, test = ((images, torch.tensor(labels, dtype=torch.int64)) for images, labels in tensors)
-    return _Arrays(train, test, 10 if request.name == "cifar10" else 100)
+    return _Content(_of_torchvision(request, train, test), parts[0].classes)
 
 
-def _read_svhn(request: _Request) -> _Arrays:
+def _read_svhn(request: _Request) -> _Content:
     from torchvision import datasets
 
     if not _importable("scipy.io"):
@@ -206,7 +246,7 @@ def _read_svhn(request: _Request) -> _Arrays:
     train, test = (
         (torch.from_numpy(np.ascontiguousarray(part.data)), torch.from_numpy(part.labels).long()) for part in parts
     )
-    return _Arrays(train, test, 10)
+    return _Content(_of_torchvision(request, train, test), DIGITS)
 
 
 def _importable(module: str) -> bool:
@@ -220,7 +260,7 @@ def _importable(module: str) -> bool:
 _FASHION_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 
 
-def _read_fashion_mnist(request: _Request) -> _Arrays:
+def _read_fashion_mnist(request: _Request) -> _Content:
     from torchvision import datasets
 
     with contextlib.ExitStack() as stack:
@@ -235,7 +275,11 @@ def _read_fashion_mnist(request: _Request) -> _Arrays:
             request, lambda train, **options: datasets.FashionMNIST(train=train, **options), shown=flat
         )
         train, test = ((part.data.unsqueeze(1), part.targets.long()) for part in parts)
-    return _Arrays(train, test, 10)
+    return _Content(_of_torchvision(request, train, test), parts[0].classes)
+
+
+def _of_torchvision(request: _Request, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Parts:
+    return Parts(Part(*train, f"{request.name}, train"), test=Part(*test, f"{request.name}, test"))
 
 
 def _fashion_file(folder: Path, name: str) -> Path | None:
@@ -288,182 +332,30 @@ def _read_torchvision(request: _Request, make: Callable[..., Any], shown: Path |
 def _broken(request: _Request, path: Path, error: Exception) -> BadInput:
     action = "downloaded into" if request.download else "read from"
     return BadInput(
-        f"{request.name} cannot be {action} {path} ({_one_line(error)});"
+        f"{request.name} cannot be {action} {path} ({described(error)});"
         " remove what is there and add --download to fetch it anew"
     )
 
 
-def _one_line(error: Exception) -> str:
-    name, line = type(error).__name__, first_line(error)
-    return name if line == name else f"{name}: {line}"
-
-
-def _read_imagefolder(request: _Request) -> _Arrays:
-    """DIR/train with DIR/test or DIR/val, or a bare folder of class folders; decoded once."""
-    root = request.where
-    if not root.is_dir():
-        raise BadInput(f"{root} is not a directory; give one that holds a folder of images for each class")
-    split = (root / "train").is_dir()
-    train_files, names = _image_files(root / "train" if split else root)
-    held = next((root / part for part in ("test", "val") if split and (root / part).is_dir()), None)
-    test_files, test_names = _image_files(held) if held else ([], names)
-    if test_names != names:
-        odd = sorted(set(names) ^ set(test_names))[:3]
-        raise BadInput(f"{held} and {root / 'train'} differ in their class folders ({', '.join(odd)}); make them equal")
-    size = request.image_size or _natural_size(train_files[0][0])
+def _read_imagefolder(request: _Request) -> _Content:
     channels = 1 if request.channels == 1 else 3
-    _check_memory(f"imagefolder:{root}", (len(train_files) + len(test_files)) * channels * size * size)
-    train = _decode(train_files, size, channels)
-    return _Arrays(train, _decode(test_files, size, channels) if test_files else None, len(names))
+    parts, classes, notes = read_folder(
+        request.where, request.image_size, channels, request.skip_bad, request.check_memory, request.others
+    )
+    return _Content(parts, classes, notes)
 
 
-def _image_files(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
-    """(file, class) for each image below the class folders of `folder`, and the names of the classes."""
-    from torchvision.datasets import ImageFolder
-
-    try:
-        found = ImageFolder(str(folder))
-    except (OSError, RuntimeError) as error:
-        raise BadInput(f"{folder} is no folder of class folders of images ({_one_line(error)})") from error
-    return found.samples, found.classes
-
-
-def _natural_size(path: str) -> int:
-    """The short side of the first image, but no more than the usual 224 pixels."""
-    width, height = _open(path).size
-    return min(224, int(width), int(height))
-
-
-def _open(path: str) -> Any:
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            image.load()
-            return image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadInput(f"{path} cannot be decoded ({_one_line(error)}); remove or repair it") from error
-
-
-def _decode(files: list[tuple[str, int]], size: int, channels: int) -> tuple[Tensor, Tensor]:
-    """uint8 (N, channels, size, size): short side scaled to `size`, cropped at the centre; labels (N,)."""
-    from PIL import Image, ImageOps
-
-    images = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
-    for place, (path, _) in enumerate(files):
-        image = _open(path)
-        if channels == 1 and image.mode not in ("1", "L", "LA"):
-            raise BadInput(f"{path} is no grey image but 1 channel is asked for; use a teacher with 3 input channels")
-        fitted = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.Resampling.BILINEAR)
-        images[place] = torch.from_numpy(np.array(fitted).reshape(size, size, channels)).permute(2, 0, 1)
-    return images, torch.tensor([label for _, label in files])
-
-
-def _read_npz(request: _Request) -> _Arrays:
-    """Arrays x or images with y or labels, or x_train, y_train, x_test, y_test."""
-    path = request.where
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist()}
-            train, test = _npz_parts(path, names)
-            wanted = [name for part in (train, test) if part for name in part]
-            _check_npz(path, archive, wanted)
-        with np.load(path, allow_pickle=False) as arrays:
-            loaded = {name: arrays[name] for name in wanted}
-    except BadInput:
-        raise
-    except IsADirectoryError as error:
-        raise BadInput(f"{path} is a directory; npz: takes a file") from error
-    except FileNotFoundError as error:
-        raise BadInput(f"{path} does not exist; give the .npz file") from error
-    except Exception as error:
-        raise BadInput(f"{path} is no .npz file, or a damaged one ({_one_line(error)}); save it anew") from error
-    parts = [(_images(path, *part, loaded)) for part in (train, test) if part]
-    return _Arrays(parts[0], parts[1] if test else None)
-
-
-def _npz_parts(path: Path, names: set[str]) -> tuple[tuple[str, str], tuple[str, str] | None]:
-    """Which arrays are the images and labels of train and test."""
-    if {"x_train", "y_train"} <= names:
-        return ("x_train", "y_train"), (("x_test", "y_test") if {"x_test", "y_test"} <= names else None)
-    images = next((name for name in ("x", "images") if name in names), None)
-    labels = next((name for name in ("y", "labels") if name in names), None)
-    if images is None or labels is None:
-        held = ", ".join(sorted(names)) or "nothing"
-        raise BadInput(f"{path} holds {held}; name the arrays x and y, or x_train, y_train, x_test and y_test")
-    return (images, labels), None
-
-
-def _check_npz(path: Path, archive: zipfile.ZipFile, names: list[str]) -> None:
-    """Refuse arrays that would run code, are cut short or are too large, by their headers, before any is unpacked."""
-    total, packed = 0, path.stat().st_size
-    for name in names:
-        entry = archive.getinfo(f"{name}.npy")
-        if entry.file_size > max(FREE_BYTES, MOST_UNPACKED * packed):
-            raise BadInput(f"{path}: array {name} would unpack from {packed:,} to {entry.file_size:,} bytes")
-        with archive.open(entry) as file:
-            shape, dtype = _npy_header(file)
-            held = entry.file_size - file.tell()
-        if dtype.hasobject:
-            raise BadInput(f"{path}: array {name} holds Python objects, not numbers; save it with a numeric dtype")
-        if held != math.prod(shape) * dtype.itemsize:
-            raise BadInput(f"{path}: array {name} declares shape {shape} but holds {held} bytes; save it anew")
-        total += math.prod(shape) * max(dtype.itemsize, 4 if dtype.kind == "f" else 1)
-    _check_memory(f"npz:{path}", total)
-
-
-def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
-    return shape, dtype
-
-
-def _images(path: Path, images_name: str, labels_name: str, arrays: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """One part of an npz file as images (N, C, H, W) and labels (N,)."""
-    images, labels = arrays[images_name], arrays[labels_name]
-    if images.ndim == 3:
-        images = images[:, None]
-    elif images.ndim == 4 and _channels_last(images.shape):
-        images = images.transpose(0, 3, 1, 2)
-    elif images.ndim != 4:
-        raise BadInput(
-            f"{path}: array {images_name} has shape {images.shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W)"
-        )
-    if images.dtype.kind in "iu" and images.dtype != np.uint8:
-        if images.size and not 0 <= images.min() <= images.max() <= 255:
-            raise BadInput(f"{path}: array {images_name} is {images.dtype} beyond 0..255; store uint8 or float32")
-        images = images.astype(np.uint8)
-    elif images.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # what becomes infinite is refused later
-            images = images.astype(np.float32)
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.dtype.kind == "u" and labels.size and labels.max() > np.iinfo(np.int64).max:
-        raise BadInput(f"{path}: label {labels.max()} is out of range; number the classes from 0")
-    if labels.dtype.kind in "iu":
-        labels = labels.astype(np.int64)
-    return _tensor(path, images_name, images), _tensor(path, labels_name, labels)
-
-
-def _channels_last(shape: tuple[int, ...]) -> bool:
-    """Whether (N, a, b, c) is (N, H, W, C): colour counts are 1 or 3, else the smaller end is the channels."""
-    if (shape[1] in (1, 3)) != (shape[3] in (1, 3)):
-        return shape[3] in (1, 3)
-    return shape[3] < shape[1]
-
-
-def _tensor(path: Path, name: str, array: Any) -> Tensor:
-    if array.dtype.kind not in "biuf":
-        raise BadInput(f"{path}: array {name} is {array.dtype}; store numbers")
-    native = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return torch.from_numpy(np.ascontiguousarray(native))
+def _read_npz(request: _Request) -> _Content:
+    parts, notes = read_npz(request.where, request.check_memory)
+    for part, path in request.others.items():
+        other, more = read_npz(path, request.check_memory)
+        parts = replace(parts, **{part: replace(other.train, origin=str(path))})
+        notes += more
+    return _Content(parts, (), notes)
 
 
 _SOURCES = {
-    "digits": _Source(_read_digits, (0.3053,), (0.3760,), crop=1 / 8, path="", test_seed=0),
+    "digits": _Source(_read_digits, (0.3053,), (0.3760,), crop=1 / 8, path=""),
     "cifar10": _Source(
         _read_cifar, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), crop=1 / 8, flip=True, downloadable=True
     ),

@@ -1,0 +1,111 @@
+"""What a model answers on labelled images: accuracies, their errors, and whether it numbers the classes otherwise."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from n2n_fast.training.data import Split
+
+CLEARLY = 0.2  # by how much another order of classes must be more accurate to be called the right one
+ABOVE_CHANCE = 1.2  # times
+
+
+@dataclass(frozen=True)
+class Answers:
+    """counts: (classes, outputs) int64, images of each class by the output that is largest; on the CPU.
+
+    unusable: images whose logits are not all finite; they count as answered wrongly.
+    """
+
+    counts: Tensor
+    images: int
+    unusable: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images answered rightly, in 0..1."""
+        return int(self.counts.diagonal().sum()) / self.images
+
+    @property
+    def recalls(self) -> Tensor:
+        """Share of each class's images answered rightly, (classes,) float64; NaN for a class without images."""
+        size = min(self.counts.shape)
+        right = torch.zeros(len(self.counts), dtype=torch.float64)
+        right[:size] = self.counts.diagonal().double()
+        return right / self._of_class.double()
+
+    @property
+    def balanced(self) -> float:
+        """Mean of the classes' recalls, in 0..1: what one class answered always gives 1 / classes."""
+        return float(self.recalls.nanmean())
+
+    @property
+    def chance(self) -> float:
+        """The balanced accuracy of whoever always answers one class."""
+        return 1 / max(1, int((self._of_class > 0).sum()))
+
+    @property
+    def majority(self) -> float:
+        """The accuracy of whoever always answers the commonest class."""
+        return float(self._of_class.max()) / self.images
+
+    @property
+    def is_above_chance(self) -> bool:
+        """Whether something of the classes is told apart."""
+        return self.balanced > ABOVE_CHANCE * self.chance
+
+    @property
+    def _of_class(self) -> Tensor:
+        return self.counts.sum(1)
+
+    def order(self) -> list[int] | None:
+        """For each output the class that it stands for, where that is one to one, not as labelled, and clearly better.
+
+        Classes without images take the outputs that are left, in order.
+        """
+        classes, outputs = self.counts.shape
+        present = self._of_class.nonzero().flatten().tolist()
+        answered = self.counts.argmax(1)
+        chosen = [int(answered[label]) for label in present]
+        if classes != outputs or len(set(chosen)) < len(chosen):
+            return None
+        others = iter(sorted(set(range(outputs)) - set(chosen)))
+        output_of = dict(zip(present, chosen, strict=True))
+        complete = [output_of[label] if label in output_of else next(others) for label in range(classes)]
+        reordered = Answers(self.counts[:, complete], self.images)
+        if reordered.balanced < self.balanced + CLEARLY or not reordered.is_above_chance:
+            return None
+        return [complete.index(output) for output in range(outputs)]
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """Of an accuracy in 0..1 measured on so many images."""
+    return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / images)
+
+
+@torch.no_grad()
+def answers(model: nn.Module, split: Split, classes: int, batch_size: int = 512) -> Answers:
+    """The answers of a model, in eval mode, on a split; the model's mode is put back."""
+    training = model.training
+    model.eval()
+    counts: Tensor | None = None
+    unusable = 0
+    for images, labels in split.batches(batch_size):
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+        finite = logits.isfinite().all(1)
+        unusable += int((~finite).sum())
+        outputs = max(classes, logits.shape[1])
+        places = labels[finite] * outputs + logits[finite].argmax(1)
+        found = torch.bincount(places, minlength=classes * outputs).view(classes, outputs).cpu()
+        counts = found if counts is None else counts + found
+    model.train(training)
+    assert counts is not None
+    return Answers(counts, len(split), unusable)
+
+
+def named_order(order: Sequence[int], names: Sequence[str]) -> list[str]:
+    """The names of the classes in the order of the outputs."""
+    return [names[label] for label in order]
