@@ -84,6 +84,10 @@ def test_a_torn_line_is_dropped(run, torn):
     assert history(run) == [*LINES[:2], LINES[3]]
 
 
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def refused(expected, directory):
     with pytest.raises(BadInput, match=expected), directory:
         pass
@@ -103,19 +107,43 @@ def test_directories_that_cannot_be_used_are_refused(run, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"run", "file"}
 
 
-def test_what_did_not_begin_leaves_no_trace(path):
-    with RunDirectory(path, SETTINGS):
-        assert path.exists()
+@pytest.mark.parametrize("name", ["history.jsonl", ".lock", "student.pt", "checkpoint.pt", "notes/mine.txt"])
+def test_a_new_run_takes_an_empty_directory_alone(path, name):
+    file = path / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"precious")
+    refused(f"is not empty, {name.split('/')[0]} is in it; give another --out", RunDirectory(path, SETTINGS))
+    assert [each for each in path.rglob("*") if each.is_file()] == [file]
+    assert file.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("there", [(), ("runs",), ("runs", "runs/1"), ("runs", "runs/1", "runs/1/.lock")])
+def test_what_did_not_begin_leaves_no_trace(tmp_path, there):
+    for name in there:
+        (tmp_path / name).touch() if name.endswith("lock") else (tmp_path / name).mkdir()
+    with RunDirectory(tmp_path / "runs" / "1", SETTINGS):
+        assert (tmp_path / "runs" / "1").exists()
+    refused("no run to resume", resumed(tmp_path / "runs" / "1"))
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == set(there)
+
+
+def test_what_cannot_be_written_is_told_at_once_and_leaves_no_trace(tmp_path, monkeypatch):
+    path = tmp_path / "runs" / "1"
+    monkeypatch.setattr(os, "fsync", full)
+    refused(r"cannot be written \(No space left on device\); give another --out", RunDirectory(path, SETTINGS))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_cannot_write_its_settings_leaves_no_trace(path, monkeypatch):
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space"), RunDirectory(path, SETTINGS) as run:
+        run.begin()
     assert not path.exists()
 
 
 @pytest.mark.parametrize(("owner", "fault"), [(Path, "open"), (os, "fsync"), (Path, "replace")])
 def test_a_full_disk_leaves_the_last_checkpoint(run, owner, fault, monkeypatch):
     before = (run / "checkpoint.pt").read_bytes()
-
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with resumed(run) as directory:
         with monkeypatch.context() as broken:
             broken.setattr(owner, fault, full)

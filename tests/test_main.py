@@ -101,7 +101,7 @@ def test_help_shows_few_options_and_help_all_every_setting():
         assert f"--{setting.name.replace('_', '-')} " in everything
         assert setting.metadata["help"] in everything
         assert setting.metadata["allowed"] in everything
-    assert "[default: 20; at least 1]" in everything
+    assert "[default: 20; 1 to 1,000,000]" in everything
 
 
 def test_alone_it_prints_its_help():
@@ -313,7 +313,7 @@ REFUSED = {
     "run --teacher t.pt --data imagenet22k": "imagenet22k",
     "run --data cifar10:.": "teach",
     "run --ray-address auto": "--workers N",
-    "run --updates many": "updates: many; give at least 1",
+    "run --updates many": "updates: many; give 1 to 1,000,000",
     "run --kd-weight -1": "kd_weight",
     "run --mean 0.5,x": "--mean",
     "run --device abacus": "--device",

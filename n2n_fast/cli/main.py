@@ -18,7 +18,9 @@ from n2n_fast.cli.export import SUFFIXES, export
 from n2n_fast.cli.options import (
     OF_ONE_CALL,
     Decorator,
+    FilePath,
     Group,
+    Number,
     assignments,
     device,
     given_settings,
@@ -31,13 +33,15 @@ from n2n_fast.cli.options import (
     version,
 )
 from n2n_fast.cli.progress import TENSORBOARD, Bar, Curves
+from n2n_fast.cli.streams import lasting_streams
 from n2n_fast.files.errors import BadInput, DeviceFault, telling_device_faults
 from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.search.checkpoint import Interrupted
-from n2n_fast.search.config import PROTOCOLS, SETTINGS, SearchConfig
+from n2n_fast.search.checkpoint import Interrupted, reserved
+from n2n_fast.search.config import MOST, PROTOCOLS, SETTINGS, SearchConfig
 from n2n_fast.search.plan import plan
 from n2n_fast.search.reinforce import compress, read_policies
 from n2n_fast.search.result import Result
+from n2n_fast.search.workers import MOST as MOST_WORKERS
 from n2n_fast.search.workers import Workers
 from n2n_fast.training import teacher_files, teachers
 from n2n_fast.training.data import ImageData, accuracy
@@ -58,13 +62,18 @@ DIGITS_DEFAULTS = {
 DIGITS_VALIDATION = 0.2
 DIGITS_TEACHER_EPOCHS = 30.0
 
-FILE = click.Path(path_type=Path)
-COUNT = click.IntRange(min=1)
+FILE = FilePath()
+COUNT = click.IntRange(1, MOST)
 SHOWN = ("objective", "max_params", "max_macs", "max_latency", "min_accuracy", "max_drop", "seed")
 
 
 def main() -> None:
     """Run the command line; every foreseen failure is one line on stderr."""
+    with lasting_streams():
+        _run_and_exit()
+
+
+def _run_and_exit() -> None:
     try:
         with telling_device_faults():
             sys.exit(cli(standalone_mode=False) or 0)
@@ -145,7 +154,7 @@ GPUS = "GPUs of a worker, may be a fraction; default: on a GPU an even share of 
 @data_option
 @setting_options(*SHOWN)
 @device_option
-@option("--workers N", "Evaluate students in N Ray workers (extra ray).", type=COUNT)
+@option("--workers N", "Evaluate students in N Ray workers (extra ray).", type=click.IntRange(1, MOST_WORKERS))
 @option("--out DIR", "Run directory; default: runs/1, runs/2, ...", type=FILE)
 @option("--resume DIR", "Go on with a run that was cut off.", type=FILE, is_eager=True, callback=take_run)
 @option("--set NAME=VALUE", "Any other setting; repeatable.", multiple=True, callback=assignments)
@@ -156,7 +165,7 @@ GPUS = "GPUs of a worker, may be a fraction; default: on a GPU an even share of 
 @option("--policy FILE", "Start from another run's policies.pt.", shown=False, type=FILE)
 @option("--tensorboard", "Write curves for TensorBoard while the search runs.", shown=False)
 @option("--ray-address ADDRESS", "Address of a Ray cluster; default: start Ray on this machine.", shown=False)
-@option("--gpus-per-worker G", GPUS, shown=False, type=click.FloatRange(min=0))
+@option("--gpus-per-worker G", GPUS, shown=False, type=Number(0, MOST))
 @pickle_option
 @image_options(shown=False)
 @setting_options(*(name for name in SETTINGS if name not in SHOWN), shown=False)
@@ -172,8 +181,9 @@ def run(context: click.Context, /, **options: Any) -> int:
     start, out = time.perf_counter(), options["resume"] or options["out"] or _free_directory()
     curves = Curves(out, config.rollouts) if options["tensorboard"] else None
     more = {"resume": options["resume"] is not None, "policies": options["policy"], "workers": _workers(options)}
-    if options["policy"] is not None:
-        read_policies(options["policy"])  # before a teacher is trained, and in a dry run
+    with reserved(out, more["resume"]):  # what is refused is so before a teacher is trained, and in a dry run
+        if options["policy"] is not None:
+            read_policies(options["policy"])
     model, images = _teacher_and_data(options, config.seed)
     if options["dry_run"]:
         found = plan(model, images, config)

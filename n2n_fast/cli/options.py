@@ -3,6 +3,7 @@
 import copy
 import difflib
 import importlib
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -45,6 +46,35 @@ class Option(click.Option):
         return self.multiple or self.callback is numbers
 
 
+class FilePath(click.Path):
+    """The path of a file or directory; an empty text is none."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; an empty one would be the working directory."""
+        if value == "":
+            self.fail("an empty path; give a name, or leave the option out", param, ctx)
+        if "\0" in str(value):
+            self.fail("holds a zero byte", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Number(click.FloatRange):
+    """A number that is neither NaN nor infinite."""
+
+    def __init__(self, least: float, most: float) -> None:
+        super().__init__(least, most)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number; NaN is in every range of click's."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail("not a number", param, ctx)
+        return number
+
+
 class Command(click.Command):
     """A command whose help ends with an example; --config and --help-all are among its options."""
 
@@ -52,7 +82,7 @@ class Command(click.Command):
         super().__init__(*args, **settings)
         self.example = example
         self.params += [
-            Option(["--config"], type=click.Path(path_type=Path), metavar="FILE", is_eager=True, expose_value=False,
+            Option(["--config"], type=FilePath(), metavar="FILE", is_eager=True, expose_value=False,
                    callback=_take_file, help="Options from a file: TOML, or the config.json of a run."),
             Option(["--help-all"], is_flag=True, is_eager=True, expose_value=False, hidden=True, callback=_help_all,
                    help="Show every option and setting."),
@@ -104,19 +134,22 @@ def options(*decorators: Decorator) -> Decorator:
 def numbers(_: click.Context, option: click.Parameter, value: str | None) -> list[float] | None:
     """Comma-separated numbers, as --mean and --std take them."""
     try:
-        return None if value is None else [float(part) for part in value.split(",")]
+        listed = None if value is None else [float(part) for part in value.split(",")]
+        if listed is not None and not all(map(math.isfinite, listed)):
+            raise ValueError
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a number or a comma-separated list of them", param=option) from None
+    return listed
 
 
 def device(_: click.Context, option: click.Parameter, value: str | None) -> torch.device:
-    """A device that can be used."""
+    """A device that computes; "meta" and others hold no data."""
     try:
-        chosen = torch.device(value or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if value is None else value)
+        torch.zeros(1, device=chosen).item()
+    except Exception as error:  # noqa: BLE001 - each backend that is missing raises something else
         raise click.BadParameter(f"{value!r} cannot be used ({first_line(error)})", param=option) from None
-    return chosen
+    return torch.device("cpu") if chosen.type == "cpu" else chosen  # torch knows one CPU, cpu:1 among its names
 
 
 def version() -> str:
@@ -248,7 +281,11 @@ def _of_toml(path: Path, command: click.Command) -> dict[str, Any]:
             )
         if isinstance(value, dict):
             raise BadInput(f"{path}: {key}: a table; options stand at the top of the file")
-        values[str(param.name)] = _as_given(param, value)
+        try:
+            values[str(param.name)] = _as_given(param, _checked(param, value))
+        except TypeError:
+            wanted = _wanted(param)
+            raise BadInput(f"{path}: {key}: {str(value).lower()[:40]}; give {wanted}") from None
     return values
 
 
@@ -284,12 +321,25 @@ def _of_run(path: Path, context: click.Context, resume: bool = False) -> dict[st
 
 
 def _checked(option: Option, value: Any) -> Any:
-    """A value of a config.json; TypeError for any that the option cannot have had."""
+    """A value of a file; TypeError for any that the option cannot have."""
+    parts = value if isinstance(value, list) and option.several else [value]
     of_type = str if isinstance(option.type, click.Path) else str | int | float
-    parts = value if option.several and isinstance(value, list) else [value]
-    if isinstance(value, list) != option.several or not all(isinstance(part, of_type | None) for part in parts):
+    bools = _takes_bools(option)
+    if not all(isinstance(part, of_type | None) and (bools or not isinstance(part, bool)) for part in parts):
         raise TypeError(f"{option.name}: {str(value)[:40]!r}")
     return value
+
+
+def _takes_bools(option: Option) -> bool:
+    return option.is_flag or (option.name in SETTINGS and SETTINGS[option.name].type is bool)
+
+
+def _wanted(option: Option) -> str:
+    """What to write in a file for an option."""
+    if _takes_bools(option):
+        return "true or false"
+    text = "a path in quotes" if isinstance(option.type, click.Path) else "a name or a number"
+    return f"{text}, or a list of them" if option.several else text
 
 
 def _as_given(option: Option, value: Any) -> Any:

@@ -8,8 +8,9 @@ import contextlib
 import io
 import json
 import os
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +21,7 @@ from n2n_fast.files.safe_load import parse_json, read_tensors, understood
 from n2n_fast.files.states import on_cpu
 
 CHECKPOINT, HISTORY, TRAINING, SETTINGS = "checkpoint.pt", "history.jsonl", "training.pt", "config.json"
-LOCK = ".lock"
+LOCK, ASIDE = ".lock", ".{}.new"
 SECONDS_BETWEEN = 30.0  # two checkpoints of a training
 SHOWN_KEYS = 5
 
@@ -50,35 +51,25 @@ class RunDirectory:
         self.checkpoint: dict[str, Any] | None = None
 
     def __enter__(self) -> "RunDirectory":
-        begun = (self.path / SETTINGS).is_file()
-        if self._resume and not begun:
-            raise BadInput(f"{self.path}: no run to resume in it; give the directory of a run")
-        if begun and not self._resume:
-            raise BadInput(f"{self.path}: holds a run already; give another --out, or go on with --resume {self.path}")
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_locked(self.path))
+        with self._stack:
+            self._stack.enter_context(reserved(self.path, self._resume))
             if self._resume:
                 _check_settings(self.path, self._settings)
-            self.checkpoint = self.read_tensors(CHECKPOINT)
-            (self.path / HISTORY).touch()
-            self._history = stack.enter_context((self.path / HISTORY).open("r+b"))
-            self._cut_history()
-            self._stack = stack.pop_all()
+                self.checkpoint = self.read_tensors(CHECKPOINT)
+                self._open_history()
+            self._stack = self._stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not (self.path / SETTINGS).exists():  # nothing began: leave no trace
-            for name in (HISTORY, LOCK):
-                (self.path / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
         self._stack.close()
 
-    def _cut_history(self) -> None:
-        """Forget the lines behind the checkpoint: the search will come to them again."""
+    def _open_history(self) -> None:
+        """Open it and forget the lines behind the checkpoint: the search will come to them again."""
         length = 0 if self.checkpoint is None else self.checkpoint.get("history")
         if type(length) is not int or length < 0:
             raise BadInput(f"{self.path / CHECKPOINT}: not written by n2n-fast run")
+        (self.path / HISTORY).touch()
+        self._history = self._stack.enter_context((self.path / HISTORY).open("r+b"))
         if self._history.seek(0, os.SEEK_END) < length:
             raise BadInput(f"{self.path}: {HISTORY} is shorter than when {CHECKPOINT} was written; it was changed")
         self._history.truncate(length)
@@ -88,6 +79,7 @@ class RunDirectory:
         """Write config.json, which makes the directory that of a run: its settings and teacher have been checked."""
         if not self._resume:
             self.write_json(SETTINGS, self._settings)
+            self._open_history()
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Add a line to history.jsonl."""
@@ -113,7 +105,7 @@ class RunDirectory:
 
     def write(self, name: str, content: bytes) -> None:
         """Replace a file whole: whatever happens, it is as it was before or as it should be."""
-        aside = self.path / f".{name}.new"
+        aside = self.path / ASIDE.format(name)
         with aside.open("wb") as file:
             file.write(content)
             file.flush()
@@ -187,23 +179,71 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _locked(path: Path) -> IO[str]:
-    """The lock of a directory, which is made where there is none; closing it unlocks."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        file = (path / LOCK).open("w")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error.strerror}); give another --out") from None
+@contextlib.contextmanager
+def reserved(path: Path, resume: bool = False) -> Iterator[None]:
+    """The directory of a run for this process alone, made with its parents where there is none.
+
+    A new run takes an empty directory; what is made for it is removed again unless the run begins meanwhile. resume:
+    the directory has to be that of a run. Raises BadInput where it cannot be used or written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            _check_content(path, resume)
+            missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+            stack.callback(_remove_unbegun, path, missing, not (path / LOCK).exists())
+            path.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((path / LOCK).open("a"))
+            if not _lock(lock):
+                raise BadInput(f"{path}: another process works on this run; wait for it or give another --out")
+            with tempfile.TemporaryFile(dir=path) as file:  # tells of a full disk
+                file.write(bytes(1 << 16))
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be written ({error.strerror}); give another --out") from None
+        yield
+
+
+def _check_content(path: Path, resume: bool) -> None:
+    """Raise BadInput for a directory that is not a run's, or one with anything in it for a new run."""
+    begun = (path / SETTINGS).is_file()
+    if resume and not begun:
+        raise BadInput(f"{path}: no run to resume in it; give the directory of a run")
+    if resume:
+        return
+    if begun:
+        raise BadInput(f"{path}: holds a run already; give another --out, or go on with --resume {path}")
+    names = sorted(file.name for file in path.iterdir() if not _is_leftover(file)) if os.path.lexists(path) else []
+    if names:
+        raise BadInput(f"{path}: is not empty, {names[0]} is in it; give another --out")
+
+
+def _is_leftover(file: Path) -> bool:
+    """Whether a run that was killed before it began may have left this file."""
+    return file.name == ASIDE.format(SETTINGS) or (file.name == LOCK and file.is_file() and file.stat().st_size == 0)
+
+
+def _remove_unbegun(path: Path, made: list[Path], made_lock: bool) -> None:
+    """Leave no trace of a run that did not begin; made: its directories, the innermost first."""
+    if not (path / SETTINGS).exists():
+        for name in (ASIDE.format(SETTINGS), *([LOCK] if made_lock else [])):
+            with contextlib.suppress(OSError):
+                (path / name).unlink()
+        for directory in made:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
+def _lock(file: IO[str]) -> bool:
+    """Lock an open file, until it is closed; whether it could be."""
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # no such locks on Windows
         pass
-    except OSError:
-        file.close()
-        raise BadInput(f"{path}: another process works on this run; wait for it or give another --out") from None
-    return file
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _check_settings(path: Path, here: Mapping[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """The settings of a search: each is declared here alone, with its type, default, bounds and a line of help."""
 
-import math
 import types
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
@@ -13,10 +12,14 @@ from n2n_fast.search.reward import OBJECTIVES
 STAGES = {"both": ("removal", "shrinkage"), "removal": ("removal",), "shrinkage": ("shrinkage",)}
 
 Rule = tuple[str, Callable[[Any], bool]]  # what is allowed, in words and as a test
+MOST = 10**6  # of what is counted: a slip of the keyboard is refused, not begun
 ANY: Rule = ("", lambda _: True)
-COUNT: Rule = ("at least 1", lambda n: n >= 1)
-AMOUNT: Rule = ("at least 0", lambda x: 0 <= x < math.inf)
-POSITIVE: Rule = ("above 0", lambda x: 0 < x < math.inf)
+COUNT: Rule = (f"1 to {MOST:,}", lambda n: 1 <= n <= MOST)
+FEW: Rule = ("1 to 10,000", lambda n: 1 <= n <= 10_000)
+AMOUNT: Rule = (f"0 to {MOST:,}", lambda x: 0 <= x <= MOST)
+POSITIVE: Rule = (f"above 0, at most {MOST:,}", lambda x: 0 < x <= MOST)
+LIMIT: Rule = ("1 to 10^18", lambda n: 1 <= n <= 10**18)
+SEED: Rule = ("a whole number of 64 bits", lambda n: -(2**63) <= n < 2**63)
 SHARE: Rule = ("between 0 and 1", lambda x: 0 <= x <= 1)
 INNER_SHARE: Rule = ("between 0 and 1", lambda x: 0 < x < 1)
 DECAY: Rule = ("at least 0 and below 1", lambda x: 0 <= x < 1)
@@ -74,29 +77,32 @@ class SearchConfig:
         "Probability that untrained policies keep a layer; none: imitate the best anchor, 0.8 without anchors.",
         INNER_SHARE,
     )
-    hidden: int = setting(30, "Units of each LSTM layer of the policies.", COUNT)
-    lstm_layers: int = setting(2, "LSTM layers of the policies.", COUNT)
+    hidden: int = setting(30, "Units of each LSTM layer of the policies.", FEW)
+    lstm_layers: int = setting(2, "LSTM layers of the policies.", FEW)
     removal_learning_rate: float = setting(0.003, "Adam's learning rate in stage 1; 0: random search.", AMOUNT)
     shrinkage_learning_rate: float = setting(0.003, "Adam's learning rate in stage 2; 0: random search.", AMOUNT)
     normalise: bool = setting(True, "Divide an update's advantages by their root mean square.")
     baseline_decay: float = setting(0.8, "Decay of the moving average of rewards.", DECAY)
     objective: str = setting("params", "What the compression in the reward counts.", one_of(*OBJECTIVES))
-    max_params: int | None = setting(None, "The student has no more parameters.", COUNT)
-    max_macs: int | None = setting(None, "The student needs no more MACs for an image.", COUNT)
+    max_params: int | None = setting(None, "The student has no more parameters.", LIMIT)
+    max_macs: int | None = setting(None, "The student needs no more MACs for an image.", LIMIT)
     max_latency: float | None = setting(None, "The student takes no longer on this device, in ms.", POSITIVE)
-    latency_batch: int = setting(1, "Images in a batch whose latency is measured.", COUNT)
+    latency_batch: int = setting(1, "Images in a batch whose latency is measured.", FEW)
     min_accuracy: float | None = setting(None, "The student reaches this validation accuracy.", SHARE)
     max_drop: float | None = setting(None, "The student loses at most this many points of accuracy.", AMOUNT)
     penalty: float | None = setting(
         20.0, "Times the share by which a limit is missed: how far the reward falls to -1; none: all the way.", AMOUNT
     )
     calibration_images: int = setting(512, "Unlabelled images for fitted weights and batch norms.", COUNT)
-    seed: int = setting(0, "Seed of all that is drawn; on a CPU it repeats a run.")
+    seed: int = setting(0, "Seed of all that is drawn; on a CPU it repeats a run.", SEED)
 
     def __post_init__(self) -> None:
         """Raise BadInput for values that no search can use."""
         for one in fields(self):
-            _check(one, getattr(self, one.name))
+            value = getattr(self, one.name)
+            _check(one, value)
+            if isinstance(value, list):
+                object.__setattr__(self, one.name, tuple(value))
 
     @property
     def times(self) -> bool:
@@ -142,9 +148,22 @@ def parse(setting: Setting, text: str) -> Any:
 
 def _check(setting: Setting, value: Any) -> None:
     """Raise BadInput for a value that the setting may not have."""
-    test = setting.metadata["test"]
-    if not (_type(setting)[2] if value is None else test(value)):
+    kind, several, optional = _type(setting)
+    if value is None:
+        may_be = optional
+    else:
+        is_list = isinstance(value, list | tuple)
+        of_kind = is_list == several and all(_is_a(kind, one) for one in (value if is_list else [value]))
+        may_be = of_kind and setting.metadata["test"](value)
+    if not may_be:
         raise BadInput(f"{setting.name}: {value}; give {setting.metadata['allowed'] or allowed(setting)}")
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    """Whether a value is of the kind; a whole number is a number too, and neither is true or false."""
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def _type(setting: Setting) -> tuple[type, bool, bool]:

@@ -22,6 +22,7 @@ from n2n_fast.files.errors import BadInput, first_line, telling_device_faults
 from n2n_fast.networks.architecture import Architecture
 from n2n_fast.search.environment import Evaluation, Evaluator, Executor, Job, Recipe, evaluated
 
+MOST = 1000  # workers
 LOSSES = 8  # of workers in a row, without a result in between, until the search gives up
 
 
@@ -37,8 +38,10 @@ class Workers:
 
     def __post_init__(self) -> None:
         """Raise BadInput for what cannot be started."""
-        if self.count < 1:
-            raise BadInput(f"workers: {self.count}; give at least 1")
+        if not 1 <= self.count <= MOST:
+            raise BadInput(f"workers: {self.count}; give 1 to {MOST:,}")
+        if self.address == "":
+            raise BadInput("ray_address: empty; give the address of a cluster, or leave it out")
         if self.gpus is not None and not (0 <= self.gpus <= 1 or (self.gpus > 1 and float(self.gpus).is_integer())):
             raise BadInput(f"gpus_per_worker: {self.gpus}; give a fraction of at least 0, or a whole number")
 
