@@ -5,6 +5,7 @@ import functools
 import io
 import logging
 import operator
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -61,17 +62,21 @@ def export(
 ) -> Exported:
     """Write the student of a run directory as "pt2", "onnx" or "state-dict".
 
-    out: default: the run's export.pt2, export.onnx or export.pt. opset: of ONNX; default: torch's. static_batch: for so
+    out: must not exist; default: the run's export.pt2, export.onnx or export.pt, which an earlier export may have
+    written. opset: of ONNX; default: torch's. static_batch: for so
     many images at once and no other number. fold_bn: batch norms go into the convolutions before them. Raises BadInput
     where the run, the file or the options cannot be used, or the file's logits are not the student's.
     """
-    out = run / f"export{SUFFIXES[to]}" if out is None else out
-    _check(to, out, opset, static_batch, fold_bn)
+    own = run / f"export{SUFFIXES[to]}"
+    if out is not None and os.path.lexists(out) and not (own.exists() and out.samefile(own)):
+        raise BadInput(f"{out}: exists already; give another --out or remove it")
+    out = own if out is None else out
+    _check(to, opset, static_batch, fold_bn)
     student, changed = _student(run), _student(run)
     norms, folded = len(_norms(student)), fold_batch_norms(changed) if fold_bn else 0
-    aside = out.with_name(f".{out.name}.new")
+    aside = out.with_name(f".{out.name}.{os.getpid()}.new")
     try:
-        aside.touch()
+        aside.touch(exist_ok=False)
     except OSError as error:
         raise BadInput(f"{out}: cannot be written ({error.strerror}); give another --out") from None
     try:
@@ -95,9 +100,7 @@ def _student(run: Path) -> fx.GraphModule:
     return student
 
 
-def _check(to: str, out: Path, opset: int | None, static_batch: int | None, fold_bn: bool) -> None:
-    if out.exists():
-        raise BadInput(f"{out}: exists already; give another --out or remove it")
+def _check(to: str, opset: int | None, static_batch: int | None, fold_bn: bool) -> None:
     if opset is not None and to != "onnx":
         raise BadInput("--opset: only ONNX has one; give --to onnx")
     if to == "state-dict" and (static_batch is not None or fold_bn):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import signal
 import sys
 import time
@@ -16,6 +17,8 @@ from n2n_fast.files.errors import BadInput
 from n2n_fast.search.reinforce import Rollout, SearchProgress
 
 LINE_SECONDS = 20.0  # between lines of progress where there is no terminal
+REDRAW_SECONDS = 0.1
+USUAL_COLUMNS = 80
 TENSORBOARD = "tensorboard"  # its directory in a run's
 
 
@@ -55,10 +58,9 @@ class Bar(SearchProgress):
     def __init__(self, quiet: bool, curves: "Curves | None" = None) -> None:
         """quiet: tell warnings alone. curves: of TensorBoard, drawn as well."""
         self._quiet, self._curves = quiet, curves
-        self._bar: Any = None
         self._name, self._length, self._done = "", 0, 0
         self._start = self._told = 0.0
-        self._asked = False
+        self._drawn = self._asked = False
 
     def __enter__(self) -> "Bar":
         return self
@@ -76,6 +78,7 @@ class Bar(SearchProgress):
             if self._asked:
                 raise KeyboardInterrupt
             self._asked = True
+            self._close()
             click.echo("stopping as soon as the work at hand is kept; once more to leave at once", err=True)
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -97,11 +100,7 @@ class Bar(SearchProgress):
         self._close()
         self._name, self._length, self._done = name, length, 0
         self._start = self._told = time.perf_counter()
-        if sys.stderr.isatty() and not self._quiet:
-            self._bar = click.progressbar(
-                length=length, label=f"{name:<30}", file=sys.stderr, item_show_func=lambda text: text, width=20
-            )
-            self._bar.__enter__()
+        self._advance(0, "")
 
     def rollout(self, rollout: Rollout, best: Rollout | None, compression: float | None) -> None:
         rate = 60 * (self._done + 1) / (time.perf_counter() - self._start)
@@ -114,16 +113,49 @@ class Bar(SearchProgress):
         self._advance(step, f"loss {loss:.3f}, accuracy {accuracy:.1%}")
 
     def _advance(self, done: int, text: str) -> None:
-        now = time.perf_counter()
-        if self._bar is not None:
-            self._bar.update(done - self._done, text)
-        elif not self._quiet and (now - self._told > LINE_SECONDS or done == self._length):
-            left = (now - self._start) / done * (self._length - done)
-            click.echo(f"{self._name}: {done}/{self._length}, {text}, {left:.0f} s left", err=True)
+        self._done, now = done, time.perf_counter()
+        since, is_last = now - self._told, done == self._length
+        left = f"{(now - self._start) / done * (self._length - done):.0f} s left" if done else ""
+        if self._quiet:
+            return
+        if _can_redraw():
+            if is_last or not self._drawn or since > REDRAW_SECONDS:
+                width = _columns() - 1  # in the last column some terminals begin a new line
+                line = progress_line(self._name, done / max(1, self._length), left, text, width)
+                click.echo("\r" + line.ljust(width), nl=False, err=True)
+                self._drawn, self._told = True, now
+        elif done and (is_last or since > LINE_SECONDS):
+            click.echo(f"{self._name}: {done}/{self._length}, {text}, {left}", err=True)
             self._told = now
-        self._done = done
 
     def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-            self._bar = None
+        """End the line of a bar."""
+        if self._drawn:
+            click.echo(err=True)
+        self._drawn = False
+
+
+def progress_line(name: str, share: float, left: str, text: str, width: int) -> str:
+    """The name of the work, a bar, what is done, the time left and `text`: as much of it as `width` characters take."""
+    bar, percents = f"[{'#' * int(20 * share):-<20}]", f"{share:4.0%}"
+    choices = [
+        (name.ljust(30), bar, percents, left, text),
+        (name, bar, percents, left, text),
+        (name, percents, left, text),
+        (name, percents, text),
+    ]
+    lines = ["  ".join(filter(None, parts)) for parts in choices]
+    return next((line for line in lines if len(line) <= width), lines[-1][:width])
+
+
+def _can_redraw() -> bool:
+    """Whether stderr is a terminal that goes back to the start of a line."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _columns() -> int:
+    """Width of the terminal behind stderr."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or USUAL_COLUMNS
+    except (OSError, ValueError):
+        return USUAL_COLUMNS

@@ -29,8 +29,9 @@ class Stream:
         """Write what can be written; its whole length, as nobody is to try again."""
         if not isinstance(text, str):
             raise TypeError(f"text: expected str, got {type(text).__name__}")
-        with self._dropping():
-            self._stream.write(text)
+        if text:  # click asks by an empty text what kind of stream this is
+            with self._dropping():
+                self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:

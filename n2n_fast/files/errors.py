@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -22,6 +23,12 @@ class DegenerateArchitecture(ValueError):
         """Keep `reason`, which is the message as well."""
         super().__init__(reason)
         self.reason = reason
+
+
+def check_type(name: str, value: object, types: Any, wanted: str) -> None:
+    """Raise TypeError where an argument is of another type; wanted: those types, in words."""
+    if not isinstance(value, types):
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
 
 
 def first_line(error: BaseException) -> str:

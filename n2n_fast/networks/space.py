@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from torch import Tensor, fx, nn
 
-from n2n_fast.files.errors import BadInput
+from n2n_fast.files.errors import BadInput, check_type
 from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.fitting import Calibration, WeightFitter
 from n2n_fast.networks.graph import TracedTeacher
 from n2n_fast.networks.importance import activation_importance, l1_importance
 from n2n_fast.networks.student import StudentFactory
+from n2n_fast.networks.tracing import unwrapped
 from n2n_fast.networks.transitions import Transitions
 
 INITS = ("fitted", "sliced", "random")
@@ -21,7 +22,8 @@ IMPORTANCES = ("activations", "l1")
 class ArchitectureSpace(Transitions):
     """All networks that removing and shrinking the layers of one teacher can give.
 
-    teacher: nn.Module with one image input. example_input: (N, C, H, W), N >= 1, the images it will see.
+    teacher: nn.Module with one image input; DataParallel and other wrappers are taken off.
+    example_input: (N, C, H, W), N >= 1, the images it will see.
     calibration: unlabelled training images (M, C, H, W) to which students' weights are fitted, a few hundred.
     importance: which channels a student keeps: "activations", those that tell most of all others on the calibration
     images, the default where there are such; or "l1", those of the largest weights.
@@ -40,6 +42,12 @@ class ArchitectureSpace(Transitions):
         leaf: Iterable[str] = (),
         round_to: int = 1,
     ) -> None:
+        check_type("teacher", teacher, nn.Module, "a torch.nn.Module, not its file or state dict")
+        check_type("example_input", example_input, Tensor, "images as a tensor (N, C, H, W)")
+        check_type("calibration", calibration, Tensor | None, "images as a tensor (M, C, H, W), or None")
+        check_type("round_to", round_to, int, "a whole number")
+        if isinstance(leaf, str):
+            raise TypeError(f"leaf: expected a list of names, got the name {leaf!r} alone")
         if round_to < 1:
             raise ValueError(f"round_to: expected at least 1, got {round_to}")
         importance = importance or ("l1" if calibration is None else "activations")
@@ -47,7 +55,7 @@ class ArchitectureSpace(Transitions):
             raise ValueError(f"importance: expected one of {', '.join(IMPORTANCES)}, got {importance!r}")
         if importance == "activations" and calibration is None:
             raise ValueError("importance: 'activations' needs calibration images")
-        self._factory = _narrowable(teacher, example_input, tuple(leaf), round_to)
+        self._factory = _narrowable(unwrapped(teacher), example_input, tuple(leaf), round_to)
         super().__init__(self._factory.traced, round_to)
         self._fitter: WeightFitter | None = None
         if calibration is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 from n2n_fast.files.errors import BadInput, first_line, raise_device_fault
 from n2n_fast.networks.rewriting import ChannelScale, rewrite
@@ -55,6 +56,15 @@ class _Tracer(fx.Tracer):
         result = super().call_module(m, forward, args, kwargs)
         self.inside.pop()
         return result
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network within DataParallel, DistributedDataParallel, AveragedModel and what torch.compile gives."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel) or (
+        "_orig_mod" in model._modules  # torch.compile's; its class would take a second to import
+    ):
+        model = model.get_submodule("_orig_mod" if "_orig_mod" in model._modules else "module")
+    return model
 
 
 def trace(teacher: nn.Module, example: Tensor, leaf: Iterable[str] = ()) -> fx.GraphModule:

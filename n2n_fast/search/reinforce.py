@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from n2n_fast.files.errors import BadInput, telling_device_faults
+from n2n_fast.files.errors import BadInput, check_type, telling_device_faults
 from n2n_fast.networks.architecture import Architecture
+from n2n_fast.networks.tracing import unwrapped
 from n2n_fast.search.anchors import train_anchors, warm_start
 from n2n_fast.search.checkpoint import RunDirectory, read_state
 from n2n_fast.search.config import STAGES, SearchConfig
@@ -42,18 +43,21 @@ def compress(
 ) -> Result:
     """Search for the student of best reward, train it fully and write the run directory `out`.
 
-    teacher: a trained classifier of images (N, C, H, W); `data` on its device. The test split is read once, at the
-    end. On a CPU the same seed gives the same result, unless latencies count. resume: go on with the run in `out`, to
-    the very same end. policies: file with the policies of another run to start from, its policies.pt. command: what
-    config.json shall note of how this was called. workers: evaluate students in Ray workers, whose number does not
-    change the result on CPUs. Raises BadInput where teacher, data or `out` cannot be used, DeviceFault, which is one,
-    where the device fails or its memory runs out, and Interrupted where `progress` says to stop; what is done is kept.
+    teacher: a trained classifier of images (N, C, H, W), whose wrappers such as DataParallel are taken off; `data` on
+    its device. The test split is read once, at the end. On a CPU the same seed gives the same result, unless latencies
+    count. out: does not exist yet, or is empty. resume: go on with the run in `out`, to the very same end. policies:
+    file with the policies of another run to start from, its policies.pt. command: what config.json shall note of how
+    this was called. workers: evaluate students in Ray workers, whose number does not change the result on CPUs. Raises
+    TypeError for arguments of other types, BadInput where teacher, data or `out` cannot be used, DeviceFault, which is
+    one, where the device fails or its memory runs out, and Interrupted where `progress` says to stop; what is done is
+    kept.
 
     training: trains a student in place for so many epochs, a fraction for a rollout; instead of distillation. Where a
     run goes on, such a training begins again. reward: of a validation accuracy and a `Cost`; instead of
     C (2 - C) · A / A_teacher. Limits apply to either.
     """
-    config, progress = config or SearchConfig(), progress or SearchProgress()
+    _check_types(teacher, data, config, out, progress, policies, workers)
+    teacher, config, progress = unwrapped(teacher), config or SearchConfig(), progress or SearchProgress()
     with telling_device_faults(), contextlib.closing(RayExecutor(workers) if workers else Executor()) as executor:
         trained = {} if policies is None else read_policies(Path(policies))
         settings = _settings(teacher, data, config, command)
@@ -64,6 +68,25 @@ def compress(
             directory.begin()
             shared = config, data, reference, reference.limits(config), directory, progress, executor
             return _search_in_stages(Search(*shared, trained, training, reward))
+
+
+def _check_types(*arguments: Any) -> None:
+    """Raise for arguments of `compress` of another type, or no name of a directory."""
+    path: Any = str | os.PathLike
+    wanted: dict[str, tuple[Any, str]] = {
+        "teacher": (nn.Module, "a trained torch.nn.Module, not its file or state dict"),
+        "data": (ImageData, "an ImageData, as n2n_fast.load and n2n_fast.from_tensors give it"),
+        "config": (SearchConfig | None, "an n2n_fast.SearchConfig, such as SearchConfig(updates=20)"),
+        "out": (path, "the path of a directory"),
+        "progress": (SearchProgress | None, "an n2n_fast.SearchProgress"),
+        "policies": (path | None, "the path of another run's policies.pt"),
+        "workers": (Workers | None, "n2n_fast.Workers, such as Workers(4)"),
+    }
+    by_name = dict(zip(wanted, arguments, strict=True))
+    for name, value in by_name.items():
+        check_type(name, value, *wanted[name])
+    if by_name["out"] == "":
+        raise BadInput("out: an empty path; give the name of a directory")
 
 
 def _search_in_stages(search: Search) -> Result:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from n2n_fast.files.errors import BadInput, first_line, raise_device_fault
+from n2n_fast.files.errors import BadInput, check_type, first_line, raise_device_fault
 from n2n_fast.files.safe_pt2 import read_student
 from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.student import independent_copy
@@ -188,6 +188,7 @@ def load_student(run: str | os.PathLike[str]) -> nn.Module:
     Takes images (N, C, H, W) preprocessed as the teacher's. No code in the file is run. Raises BadInput where there is
     no finished run, or a student that is damaged or asks for more than operators on tensors.
     """
+    check_type("run", run, str | os.PathLike, "the path of a run directory")
     path = Path(run) / "student.pt2"
     if not path.is_file():
         raise BadInput(f"{run}: no student.pt2 in it; give the directory of a finished run")

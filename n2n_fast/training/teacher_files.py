@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from n2n_fast.files.errors import BadInput, first_line, raise_device_fault
 from n2n_fast.files.safe_load import WantsCode, read_tensors, read_trusted
+from n2n_fast.networks.tracing import unwrapped
 from n2n_fast.training.architectures import differences, infer_architecture, options_for, shapes_of
 from n2n_fast.training.teachers import create
 
@@ -27,8 +28,8 @@ def load_teacher(path: str | Path, arch: str | None = None, allow_pickle: bool =
     """
     content = _read(path, allow_pickle)
     if isinstance(content, nn.Module):
-        _state_dict_in(content.state_dict(), path)
-        model = content
+        model = unwrapped(content)
+        _state_dict_in(model.state_dict(), path)
     else:
         state = _state_dict_in(content, path)
         model = _from_factory(arch, state, path) if arch and ":" in arch else _from_name(arch, state, path)
