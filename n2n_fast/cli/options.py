@@ -338,6 +338,8 @@ def _wanted(option: Option) -> str:
     """What to write in a file for an option."""
     if _takes_bools(option):
         return "true or false"
+    if option.name in SETTINGS:
+        return allowed(SETTINGS[option.name])
     text = "a path in quotes" if isinstance(option.type, click.Path) else "a name or a number"
     return f"{text}, or a list of them" if option.several else text
 
