@@ -42,7 +42,7 @@ from n2n_fast.search.plan import plan
 from n2n_fast.search.reinforce import compress, read_policies
 from n2n_fast.search.result import Result
 from n2n_fast.search.workers import MOST as MOST_WORKERS
-from n2n_fast.search.workers import Workers
+from n2n_fast.search.workers import Workers, ray_module
 from n2n_fast.training import teacher_files, teachers
 from n2n_fast.training.data import ImageData, accuracy
 from n2n_fast.training.datasets import load
@@ -230,7 +230,9 @@ def _workers(options: dict[str, Any]) -> Workers | None:
         if options["ray_address"] is not None:
             raise BadInput("--ray-address: give the number of workers too, --workers N")
         return None
-    return Workers(options["workers"], options["ray_address"], options["gpus_per_worker"])
+    workers = Workers(options["workers"], options["ray_address"], options["gpus_per_worker"])
+    ray_module()  # before a teacher is trained
+    return workers
 
 
 def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, ImageData]:

@@ -76,6 +76,14 @@ def _shell() -> type:
     return Shell
 
 
+def ray_module() -> Any:
+    """Ray; BadInput where it is missing."""
+    try:
+        return importlib.import_module("ray")
+    except ImportError:
+        raise BadInput("workers need Ray; pip install 'n2n_fast[ray]'") from None
+
+
 def gpu_share(gpus: int, workers: int) -> float:
     """GPUs of each worker, at most 1, so that all have a place: none lies on two, and Ray counts ten-thousandths."""
     return math.floor(10_000 / math.ceil(workers / gpus)) / 10_000
@@ -90,10 +98,7 @@ class RayExecutor(Executor):
 
     def __init__(self, workers: Workers) -> None:
         """Connect, or start Ray on this machine. Raises BadInput where Ray is missing or cannot be reached."""
-        try:
-            self._ray: Any = importlib.import_module("ray")
-        except ImportError:
-            raise BadInput("workers need Ray; pip install 'n2n_fast[ray]'") from None
+        self._ray = ray_module()
         self._workers = workers
         self._started = not self._ray.is_initialized()
         if self._started:
