@@ -39,7 +39,7 @@ class RunDirectory:
         resume: bool = False,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """settings: for config.json; a resumed run must have the same, but for its "command".
+        """settings: for config.json; a resumed run must have the same, but for its "command" and "data_read".
 
         stopping: whether the search was asked to stop. Entering the context raises BadInput where the directory cannot
         be used.
@@ -209,7 +209,7 @@ def _locked(path: Path) -> IO[str]:
 def _check_settings(path: Path, here: Mapping[str, Any]) -> None:
     """Raise BadInput where the run was begun with other settings than these."""
     there = read_settings(path)
-    names = sorted({*there, *here} - {"command"})
+    names = sorted({*there, *here} - {"command", "data_read"})
     other = [f"{n} ({there.get(n)!r} there, {here.get(n)!r} here)" for n in names if there.get(n) != here.get(n)]
     if other:
         shown = ", ".join(other[:SHOWN_KEYS]) + (", ..." if len(other) > SHOWN_KEYS else "")

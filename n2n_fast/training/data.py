@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from n2n_fast.files.errors import BadInput
-from n2n_fast.training.splits import Part, Parts, complete, digest_of, in_two_parts, keys_of
+from n2n_fast.training.splits import CUT, Part, Parts, complete, digest_of, in_two_parts, keys_of
 
 NORMALISED = 16.0  # numbers that no normalised image exceeds
 
@@ -119,7 +119,7 @@ class ImageData:
     """A data set in its three parts; test is None where there is none.
 
     class_names: one a class. origins: where each part comes from, by its name. notes: lines on what was scaled, skipped
-    or found twice. digest: of the content of all parts.
+    or is there twice. digest: of the content of all parts. cut_from_train: the parts that were training images.
     """
 
     name: str
@@ -132,6 +132,7 @@ class ImageData:
     origins: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     digest: str = ""
+    cut_from_train: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data on another device."""
@@ -246,6 +247,7 @@ def assemble(
         {part: value.origin for part, value in whole.named.items()},
         (*notes, *scaled, *in_two_parts(whole)),
         digest_of(keys),
+        tuple(part for part, value in whole.named.items() if value.origin.endswith(f" of {parts.train.origin}{CUT}")),
     )
 
 
