@@ -11,6 +11,7 @@ from n2n_fast.training.data import Split
 
 CLEARLY = 0.2  # by how much another order of classes must be more accurate to be called the right one
 ABOVE_CHANCE = 1.2  # times
+ERRORS = 3.0  # standard errors above it
 UNEVEN = 1.5  # times as common as the mean of all classes
 
 
@@ -55,8 +56,10 @@ class Answers:
 
     @property
     def is_above_chance(self) -> bool:
-        """Whether something of the classes is told apart."""
-        return self.balanced_accuracy > ABOVE_CHANCE * self.chance
+        """Whether the classes are told apart, beyond what so few images show by chance."""
+        error = math.sqrt(self.chance * (1 - self.chance) / self.images)
+        least = min(self.chance + ERRORS * error, (1 + self.chance) / 2)
+        return self.balanced_accuracy > max(least, ABOVE_CHANCE * self.chance)
 
     @property
     def standard_error(self) -> float:

@@ -120,6 +120,7 @@ class ImageData:
 
     class_names: one a class. origins: where each part comes from, by its name. notes: lines on what was scaled, skipped
     or is there twice. digest: of the content of all parts. cut_from_train: the parts that were training images.
+    value_range: of the stored training images.
     """
 
     name: str
@@ -133,6 +134,7 @@ class ImageData:
     notes: tuple[str, ...] = ()
     digest: str = ""
     cut_from_train: tuple[str, ...] = ()
+    value_range: tuple[float, float] | None = None
 
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data on another device."""
@@ -159,7 +161,7 @@ class ImageData:
             "image_size": list(train.image_size),
             "channels": train.channels,
             "dtype": _name(train.images.dtype),
-            "range": [float(train.images.min()), float(train.images.max())],
+            "range": list(self.value_range or (float(train.images.min()), float(train.images.max()))),
             "mean": train.mean.tolist(),
             "std": train.std.tolist(),
             "notes": list(self.notes),
@@ -248,6 +250,7 @@ def assemble(
         (*notes, *scaled, *in_two_parts(whole)),
         digest_of(keys),
         tuple(part for part, value in whole.named.items() if value.origin.endswith(f" of {parts.train.origin}{CUT}")),
+        (float(splits["train"].images.min()), float(splits["train"].images.max())),
     )
 
 
