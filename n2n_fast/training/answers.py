@@ -46,8 +46,9 @@ class Answers:
 
     @property
     def chance(self) -> float:
-        """The balanced accuracy of whoever always answers one class."""
-        return 1 / max(1, int((self._of_class > 0).sum()))
+        """The balanced accuracy of whoever always answers one class; 0 where there is one class, which tells nothing."""
+        present = int((self._of_class > 0).sum())
+        return 1 / present if present > 1 else 0.0
 
     @property
     def majority(self) -> float:
@@ -74,7 +75,7 @@ class Answers:
     @property
     def is_even(self) -> bool:
         """Whether no class is much commoner than the others."""
-        return self.majority <= UNEVEN * self.chance
+        return not self.chance or self.majority <= UNEVEN * self.chance
 
     @property
     def _of_class(self) -> Tensor:
