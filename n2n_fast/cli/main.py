@@ -25,12 +25,14 @@ from n2n_fast.cli.options import (
     numbers,
     option,
     options,
+    positive,
     setting_options,
     take_run,
     unknown_variables,
     version,
 )
 from n2n_fast.cli.progress import TENSORBOARD, Bar, Curves
+from n2n_fast.cli.teach import resuming_command, train_to_file, trained
 from n2n_fast.files.errors import BadInput, DeviceFault, telling_device_faults
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search.checkpoint import Interrupted
@@ -40,7 +42,7 @@ from n2n_fast.search.reinforce import compress, read_policies
 from n2n_fast.search.result import Result
 from n2n_fast.search.workers import Workers
 from n2n_fast.training import teacher_files, teachers
-from n2n_fast.training.data import ImageData, accuracy
+from n2n_fast.training.data import ImageData
 from n2n_fast.training.datasets import load
 
 INFEASIBLE = 3
@@ -60,6 +62,7 @@ DIGITS_TEACHER_EPOCHS = 30.0
 
 FILE = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
+SEED = click.IntRange(-(2**63), 2**64 - 1)  # of torch
 SHOWN = ("objective", "max_params", "max_macs", "max_latency", "min_accuracy", "max_drop", "seed")
 
 
@@ -231,7 +234,8 @@ def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, Im
     if file is None:
         images = _load(options, seed, None)
         model = teachers.create("digits_resnet", images.classes, 1, seed=seed)
-        model = _teach(model, images, options["quiet"], epochs=DIGITS_TEACHER_EPOCHS, seed=seed)
+        with Bar(options["quiet"]) as bar:
+            trained(model, images, bar, epochs=DIGITS_TEACHER_EPOCHS, seed=seed)
     else:
         model = teacher_files.load_teacher(file, options["arch"], allow_pickle=options["allow_pickle"])
         images = _load(options, seed, teachers.input_channels(model))
@@ -255,28 +259,22 @@ def _plain(value: Any) -> Any:
 @option("--out FILE", "File to write.", default="teacher.pt", show_default=True, type=FILE)
 @data_option
 @image_options(shown=True)
-@option("--epochs E", "Times through the data.", default=10.0, show_default=True)
-@option("--batch-size N", "Images per training step.", default=128, show_default=True, type=COUNT)
-@option("--learning-rate R", "Peak learning rate.", default=0.1, show_default=True)
-@option("--seed N", "Seed of all that is drawn.", default=0, show_default=True)
+@option("--epochs E", "Times through the data.", default=10.0, show_default=True, callback=positive)
+@option("--batch-size N", "Images per training step.", default=128, show_default=True, type=click.IntRange(min=2))
+@option("--learning-rate R", "Peak learning rate.", default=0.1, show_default=True, callback=positive)
+@option("--seed N", "Seed of all that is drawn.", default=0, show_default=True, type=SEED)
+@option("--resume", "Go on with a training that was cut off, by the same options.")
 @device_option
 @quiet_option
-def teach(**options: Any) -> None:
-    """Train a teacher on a data set and save its state dict."""
-    out, arch, seed = options["out"], options["arch"], options["seed"]
-    if out.exists():
-        raise BadInput(f"{out}: exists already; give another --out or remove it")
-    if not out.parent.is_dir():
-        raise BadInput(f"{out}: its directory does not exist; make it or give another --out")
-    images = _load(options, seed, options["channels"] or teachers.usual_channels(arch))
-    channels, size = images.train.channels, images.train.image_size[0]
-    model = teachers.create(arch, images.classes, channels, size, options["cifar_stem"], seed)
-    training = {name: options[name] for name in ("epochs", "batch_size", "learning_rate", "seed")}
-    model = _teach(model, images, options["quiet"], **training)
-    torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, out)
-    click.echo(f"{out}: validation accuracy {accuracy(model, images.validation):.2%}")
-    if images.test is not None:
-        click.echo(f"{out}: test accuracy {accuracy(model, images.test):.2%}")
+def teach(**options: Any) -> int:
+    """Train a teacher on a data set and save its state dict, and beside it how it was made."""
+    try:
+        lines = train_to_file(options, lambda channels: _load(options, options["seed"], channels))
+    except Interrupted:
+        click.echo(f"interrupted; go on with: {resuming_command()}", err=True)
+        return INTERRUPTED
+    click.echo("\n".join(lines))
+    return 0
 
 
 @cli.command(example="n2n-fast inspect --arch resnet18 --image-size 32")
@@ -364,15 +362,6 @@ def _load(options: dict[str, Any], seed: int, channels: int | None) -> ImageData
     named = {name: options[name] for name in ("image_size", "mean", "std", "download", "device")}
     validation = DIGITS_VALIDATION if options["data"] == DIGITS else None
     return load(options["data"], channels=channels, validation=validation, **named)
-
-
-def _teach(model: nn.Module, images: ImageData, quiet: bool, **options: Any) -> nn.Module:
-    """Train a teacher under a progress bar."""
-    start = time.perf_counter()
-    with Bar(quiet) as bar:
-        model = teachers.train_teacher(model, images, progress=bar, **options)
-        bar.message(f"teacher trained in {time.perf_counter() - start:.0f} s")
-    return model
 
 
 def _tell(as_json: bool, content: dict[str, Any], text: str) -> None:

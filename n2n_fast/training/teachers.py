@@ -1,6 +1,7 @@
 """Teachers: made anew by name, compared with the data, trained."""
 
 import difflib
+import hashlib
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from n2n_fast.files.errors import BadInput, first_line, raise_device_fault
 from n2n_fast.networks.tracing import logits_of
 from n2n_fast.training.batches import Batches
 from n2n_fast.training.data import ImageData
-from n2n_fast.training.distill import Diverged, Progress, seeded, train
+from n2n_fast.training.distill import Checkpointer, Diverged, Progress, seeded, train
 
 # torchvision is imported where it is needed: that takes as long as torch itself, and `--help` needs none of it
 
@@ -134,6 +135,16 @@ def input_channels(model: nn.Module) -> int | None:
     return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
 
+def digest(model: nn.Module) -> str:
+    """A short hash of a network's tensors in float32, which tells one network from another."""
+    content = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        content.update(name.encode())
+        values = tensor.float() if tensor.is_floating_point() else tensor
+        content.update(values.detach().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]
+
+
 def check_teacher(model: nn.Module, data: ImageData) -> None:
     """Raise BadInput unless `model` takes images of `data`, one or two, and tells as many classes apart."""
     wanted = input_channels(model)
@@ -186,11 +197,13 @@ def train_teacher(
     learning_rate: float = 0.1,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpointer: Checkpointer | None = None,
 ) -> nn.Module:
     """Train `model` in place on `data.train`, on the data's device, as `distill.train` does; return it in eval mode.
 
     Keeps the last step's weights. Validation and test images are not touched. On a CPU the same seed gives the same
-    weights. Raises BadInput where the loss ceases to be finite.
+    weights, and so it does where a `checkpointer` lets the training go on. Raises BadInput, caused by Diverged, where
+    the loss ceases to be finite.
     """
     if len(data.train) < 2:
         raise BadInput(f"{data.name}: 1 training image; batch normalisation needs at least 2")
@@ -200,6 +213,12 @@ def train_teacher(
         progress.phase("training the teacher", len(batches))
     with seeded(seed, device):
         try:
-            return train(model.to(device), batches, learning_rate=learning_rate, progress=progress)
+            return train(
+                model.to(device),
+                batches,
+                learning_rate=learning_rate,
+                progress=progress,
+                checkpointer=checkpointer,
+            )
         except Diverged as error:
-            raise BadInput(f"the training diverged: {error} of {len(batches)}; lower the learning rate") from None
+            raise BadInput(f"the training diverged: {error} of {len(batches)}; lower the learning rate") from error
