@@ -121,7 +121,7 @@ def device(_: click.Context, option: click.Parameter, value: str | None) -> torc
     """A device that can be used."""
     try:
         chosen = torch.device(value or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=chosen)
+        torch.zeros(1, device=chosen).tolist()  # which meta has not
     except (RuntimeError, AssertionError) as error:
         raise click.BadParameter(f"{value!r} cannot be used ({first_line(error)})", param=option) from None
     return chosen

@@ -32,7 +32,7 @@ def train_to_file(options: dict[str, Any], load: Callable[[int | None], ImageDat
     training is kept then.
     """
     out, arch, cifar_stem = options["out"], options["arch"], options["cifar_stem"]
-    kept = out.with_name(f"{out.name}.training")
+    kept = Path(f"{out}.training")
     _check_place(out, kept, options["resume"])
     with OnMeta():
         teachers.create(arch, 10, cifar_stem=cifar_stem)  # refuses what does not exist before the data are read
@@ -97,7 +97,8 @@ def _check_kept(kept: Path, settings: dict[str, Any]) -> None:
     """Refuse a training that was kept unless it has these settings."""
     saved = read_state(kept)
     with understood(kept):
-        check_same(dict(saved["name"]), settings, kept)
+        there = dict(saved["name"])
+    check_same(there, settings, kept)
 
 
 def _settings(options: dict[str, Any], images: ImageData) -> dict[str, Any]:
