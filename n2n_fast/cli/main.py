@@ -24,12 +24,14 @@ from n2n_fast.cli.options import (
     given_settings,
     option,
     options,
+    positive,
     setting_options,
     take_run,
     unknown_variables,
     version,
 )
 from n2n_fast.cli.progress import TENSORBOARD, Bar, Curves
+from n2n_fast.cli.teach import resuming_command, train_to_file, trained
 from n2n_fast.files.errors import BadInput, DeviceFault, telling_device_faults
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search.checkpoint import Interrupted
@@ -39,7 +41,7 @@ from n2n_fast.search.reinforce import compress, read_policies
 from n2n_fast.search.result import Result
 from n2n_fast.search.workers import Workers
 from n2n_fast.training import teacher_files, teachers
-from n2n_fast.training.data import ImageData, accuracy
+from n2n_fast.training.data import ImageData
 
 INFEASIBLE = 3
 INTERRUPTED = 130
@@ -56,6 +58,7 @@ DIGITS_TEACHER_EPOCHS = 30.0
 
 FILE = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
+SEED = click.IntRange(-(2**63), 2**64 - 1)  # of torch
 SHOWN = ("objective", "max_params", "max_macs", "max_latency", "min_accuracy", "max_drop", "seed")
 
 
@@ -211,16 +214,18 @@ def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, Im
     if file is None and data != DIGITS:
         raise BadInput(f"--data {data} needs a teacher trained on it: give --teacher FILE, made by n2n-fast teach")
     if file is None:
-        images = read_data(options, None)
-        _tell_data(images, options["quiet"])
+        images = _read(options, None)
         model = teachers.create("digits_resnet", images.classes, 1, seed=seed)
-        model = _teach(model, images, options["quiet"], epochs=DIGITS_TEACHER_EPOCHS, seed=seed)
+        with Bar(options["quiet"]) as bar:
+            trained(model, images, bar, epochs=DIGITS_TEACHER_EPOCHS, seed=seed)
         trained_on = images.digest
     else:
-        trained_on = None
         model = teacher_files.load_teacher(file, options["arch"], allow_pickle=options["allow_pickle"])
-        images = read_data(options, teachers.input_channels(model))
-        _tell_data(images, options["quiet"])
+        made = teacher_files.made_from(file, model)
+        seen = made["data"] if made else {}
+        for name in ("image_size", "mean", "std"):  # as it was trained, if that is known
+            options[name] = options[name] or seen.get(name)
+        images, trained_on = _read(options, teachers.input_channels(model)), seen.get("digest")
     return model, images, trained_on
 
 
@@ -245,28 +250,22 @@ def _plain(name: str, value: Any) -> Any:
 @option("--out FILE", "File to write.", default="teacher.pt", show_default=True, type=FILE)
 @data_option
 @image_options(shown=True)
-@option("--epochs E", "Times through the data.", default=10.0, show_default=True)
-@option("--batch-size N", "Images per training step.", default=128, show_default=True, type=COUNT)
-@option("--learning-rate R", "Peak learning rate.", default=0.1, show_default=True)
-@option("--seed N", "Seed of all that is drawn.", default=0, show_default=True)
+@option("--epochs E", "Times through the data.", default=10.0, show_default=True, callback=positive)
+@option("--batch-size N", "Images per training step.", default=128, show_default=True, type=click.IntRange(min=2))
+@option("--learning-rate R", "Peak learning rate.", default=0.1, show_default=True, callback=positive)
+@option("--seed N", "Seed of all that is drawn.", default=0, show_default=True, type=SEED)
+@option("--resume", "Go on with a training that was cut off, by the same options.")
 @device_option
 @quiet_option
-def teach(**options: Any) -> None:
-    """Train a teacher on a data set and save its state dict."""
-    out, arch, seed = options["out"], options["arch"], options["seed"]
-    if out.exists():
-        raise BadInput(f"{out}: exists already; give another --out or remove it")
-    if not out.parent.is_dir():
-        raise BadInput(f"{out}: its directory does not exist; make it or give another --out")
-    images = read_data(options, options["channels"] or teachers.usual_channels(arch))
-    channels, size = images.train.channels, images.train.image_size[0]
-    model = teachers.create(arch, images.classes, channels, size, options["cifar_stem"], seed)
-    training = {name: options[name] for name in ("epochs", "batch_size", "learning_rate", "seed")}
-    model = _teach(model, images, options["quiet"], **training)
-    torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, out)
-    click.echo(f"{out}: validation accuracy {accuracy(model, images.validation):.2%}")
-    if images.test is not None:
-        click.echo(f"{out}: test accuracy {accuracy(model, images.test):.2%}")
+def teach(**options: Any) -> int:
+    """Train a teacher on a data set and save its state dict, and beside it how it was made."""
+    try:
+        lines = train_to_file(options, lambda channels: _read(options, channels))
+    except Interrupted:
+        click.echo(f"interrupted; go on with: {resuming_command()}", err=True)
+        return INTERRUPTED
+    click.echo("\n".join(lines))
+    return 0
 
 
 @cli.command(example="n2n-fast inspect --arch resnet18 --image-size 32")
@@ -298,8 +297,7 @@ def _inspected(options: dict[str, Any]) -> tuple[nn.Module, torch.Tensor]:
     def loaded(channels: int | None) -> ImageData | None:
         if options["data"] is None:
             return None
-        images = read_data(options, channels)
-        _tell_data(images)
+        images = _read(options, channels)
         return images
 
     if file is not None:
@@ -357,19 +355,12 @@ def export_command(directory: Path, **options: Any) -> None:
 # What the commands are made of
 
 
-def _teach(model: nn.Module, images: ImageData, quiet: bool, **options: Any) -> nn.Module:
-    """Train a teacher under a progress bar."""
-    start = time.perf_counter()
-    with Bar(quiet) as bar:
-        model = teachers.train_teacher(model, images, progress=bar, **options)
-        bar.message(f"teacher trained in {time.perf_counter() - start:.0f} s")
-    return model
-
-
-def _tell_data(images: ImageData, quiet: bool = False) -> None:
-    """Say what the data were taken to be, before anything is computed."""
-    if not quiet:
+def _read(options: dict[str, Any], channels: int | None) -> ImageData:
+    """The data that the options name; says what they were taken to be, before anything is computed."""
+    images = read_data(options, channels)
+    if not options.get("quiet"):
         click.echo("\n".join(data_lines(images.described())), err=True)
+    return images
 
 
 def _tell(as_json: bool, content: dict[str, Any], text: str) -> None:

@@ -5,7 +5,6 @@ and the work behind that, at most one update or one training, is done again.
 """
 
 import contextlib
-import io
 import json
 import os
 import time
@@ -13,11 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from n2n_fast.files.errors import BadInput
 from n2n_fast.files.safe_load import parse_json, read_tensors, understood
-from n2n_fast.files.states import on_cpu
+from n2n_fast.files.whole import write_json, write_tensors, write_whole
 
 CHECKPOINT, HISTORY, TRAINING, SETTINGS = "checkpoint.pt", "history.jsonl", "training.pt", "config.json"
 LOCK = ".lock"
@@ -26,7 +23,7 @@ SHOWN_KEYS = 5
 
 
 class Interrupted(KeyboardInterrupt):
-    """The search was asked to stop, and what is done is kept."""
+    """The work was asked to stop, and what is done is kept in the directory that this names."""
 
 
 class RunDirectory:
@@ -59,7 +56,8 @@ class RunDirectory:
             stack.enter_context(_locked(self.path))
             if self._resume:
                 _check_settings(self.path, self._settings)
-            self.checkpoint = self.read_tensors(CHECKPOINT)
+            checkpoint = self.path / CHECKPOINT
+            self.checkpoint = read_state(checkpoint) if checkpoint.exists() else None
             (self.path / HISTORY).touch()
             self._history = stack.enter_context((self.path / HISTORY).open("r+b"))
             self._cut_history()
@@ -107,64 +105,45 @@ class RunDirectory:
 
     def training(self, name: str) -> "TrainingCheckpointer":
         """The checkpointer of the training of this name."""
-        return TrainingCheckpointer(self, name, self._stopping)
-
-    # Files written whole
+        return TrainingCheckpointer(self.path / TRAINING, name, self._stopping)
 
     def write(self, name: str, content: bytes) -> None:
-        """Replace a file whole: whatever happens, it is as it was before or as it should be."""
-        aside = self.path / f".{name}.new"
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.path / name)
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        """Replace a file whole."""
+        write_whole(self.path / name, content)
 
     def write_json(self, name: str, content: Any) -> None:
         """Replace a file by JSON."""
-        self.write(name, (json.dumps(content, indent=2) + "\n").encode())
+        write_json(self.path / name, content)
 
     def write_tensors(self, name: str, content: Any) -> None:
-        """Replace a file by what torch.save makes of tensors, of any device, and plain values."""
-        file = io.BytesIO()
-        torch.save(on_cpu(content), file)
-        self.write(name, file.getvalue())
-
-    def read_tensors(self, name: str) -> dict[str, Any] | None:
-        """What `write_tensors` wrote; None where there is no such file."""
-        path = self.path / name
-        return read_state(path) if path.exists() else None
+        """Replace a file by tensors, of any device, and plain values."""
+        write_tensors(self.path / name, content)
 
 
 class TrainingCheckpointer:
-    """Keeps the current training in training.pt, every half minute and when the search is asked to stop."""
+    """Keeps a training in a file, every half minute and when it is asked to stop."""
 
-    def __init__(self, directory: RunDirectory, name: str, stopping: Callable[[], bool]) -> None:
-        """name: of the training, whose state no other one takes. stopping: whether the search was asked to stop."""
-        self._directory, self._name, self._stopping = directory, name, stopping
+    def __init__(self, path: Path, name: Any, stopping: Callable[[], bool]) -> None:
+        """name: plain values that tell this training from others. stopping: whether it was asked to stop."""
+        self._path, self._name, self._stopping = path, name, stopping
         self._last = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
         """The state of this very training, if it was kept."""
-        saved = self._directory.read_tensors(TRAINING)
+        saved = read_state(self._path) if self._path.exists() else None
         if saved is None or saved.get("name") != self._name:
             return None
-        with understood(self._directory.path / TRAINING):
+        with understood(self._path):
             return dict(saved["state"])
 
     def offer(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Keep the state if it is time for it; raises Interrupted after that where the search was asked to stop."""
+        """Keep the state if it is time for it; raises Interrupted after that where the training is to stop."""
         stop = self._stopping()
         if stop or time.monotonic() - self._last > SECONDS_BETWEEN:
-            self._directory.write_tensors(TRAINING, {"name": self._name, "state": state()})
+            write_tensors(self._path, {"name": self._name, "state": state()})
             self._last = time.monotonic()
         if stop:
-            raise Interrupted(self._directory.path)
+            raise Interrupted(self._path.parent)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -209,8 +188,14 @@ def _locked(path: Path) -> IO[str]:
 def _check_settings(path: Path, here: Mapping[str, Any]) -> None:
     """Raise BadInput where the run was begun with other settings than these."""
     there = read_settings(path)
-    names = sorted({*there, *here} - {"command", "data_read"})
+    ignored = dict.fromkeys(("command", "data_read"))
+    check_same({**there, **ignored}, {**here, **ignored}, path / SETTINGS)
+
+
+def check_same(there: Mapping[str, Any], here: Mapping[str, Any], file: Path) -> None:
+    """Raise BadInput that names the settings in `file` which differ from those here."""
+    names = sorted({*there, *here})
     other = [f"{n} ({there.get(n)!r} there, {here.get(n)!r} here)" for n in names if there.get(n) != here.get(n)]
     if other:
         shown = ", ".join(other[:SHOWN_KEYS]) + (", ..." if len(other) > SHOWN_KEYS else "")
-        raise BadInput(f"{path / SETTINGS}: made by another configuration: {shown}; give the same settings")
+        raise BadInput(f"{file}: made by another configuration: {shown}; give the same settings")

@@ -19,9 +19,10 @@ from n2n_fast.search.environment import Executor, Training
 from n2n_fast.search.result import Result, finish, train_best
 from n2n_fast.search.reward import RewardFunction
 from n2n_fast.search.stage import Rollout, Search, SearchProgress, Stage
-from n2n_fast.search.teacher import Reference, digest, space_of
+from n2n_fast.search.teacher import Reference, space_of
 from n2n_fast.search.workers import RayExecutor, Workers
 from n2n_fast.training.data import ImageData
+from n2n_fast.training.teachers import digest
 
 __all__ = ["Rollout", "SearchProgress", "compress", "read_policies"]
 

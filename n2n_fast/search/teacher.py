@@ -1,7 +1,6 @@
 """The teacher as a search refers to it: its space of students, its logits, what it costs and how accurate it is."""
 
 import copy
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -119,16 +118,6 @@ def latency_of(model: nn.Module, data: ImageData, config: SearchConfig) -> float
     images = data.validation
     index = torch.arange(config.latency_batch, device=images.labels.device) % len(images)
     return latency_ms(model, images.batch(index)[0])
-
-
-def digest(teacher: nn.Module) -> str:
-    """A short hash of a network's tensors in float32, which tells one teacher from another."""
-    content = hashlib.sha256()
-    for name, tensor in teacher.state_dict().items():
-        content.update(name.encode())
-        values = tensor.float() if tensor.is_floating_point() else tensor
-        content.update(values.detach().cpu().contiguous().numpy().tobytes())
-    return content.hexdigest()[:16]
 
 
 def _calibration_images(data: ImageData, config: SearchConfig) -> Tensor:

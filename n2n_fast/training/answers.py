@@ -46,7 +46,7 @@ class Answers:
 
     @property
     def chance(self) -> float:
-        """The balanced accuracy of whoever always answers one class; 0 where there is one class, which tells nothing."""
+        """The balanced accuracy of whoever always answers one class; 0 where there is but one."""
         present = int((self._of_class > 0).sum())
         return 1 / present if present > 1 else 0.0
 
