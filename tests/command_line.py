@@ -26,9 +26,15 @@ def output(*words):
     return out
 
 
+def told(err):
+    """The lines of stderr without warnings and what the data were taken to be."""
+    return [line for line in err.splitlines() if not line.startswith(("data: ", "  ", "warning: "))]
+
+
 def refusal(*words):
     """The one line in which a command is refused, with exit code 2."""
     code, _, err = invoke(*words)
-    assert (code, err.count("\n")) == (2, 1), err
-    assert err.startswith("n2n-fast: ")
-    return err
+    assert (code, len(told(err))) == (2, 1), err
+    (line,) = told(err)
+    assert line.startswith("n2n-fast: ")
+    return f"{line}\n"

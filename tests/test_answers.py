@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from n2n_fast.training.answers import Answers, answers, standard_error
+from n2n_fast.training.answers import Answers, answers
 from n2n_fast.training.data import Split
 
 
@@ -35,10 +35,10 @@ def answered(labels: Tensor, said: Tensor, classes: int, outputs: int | None = N
 def test_nine_to_one() -> None:
     labels = torch.tensor([0] * 90 + [1] * 10)
     always = answered(labels, torch.zeros(100).long(), 2)
-    assert (always.accuracy, always.balanced, always.chance, always.majority) == (0.9, 0.5, 0.5, 0.9)
+    assert (always.accuracy, always.balanced_accuracy, always.chance, always.majority) == (0.9, 0.5, 0.5, 0.9)
     assert not always.is_above_chance
     good = answered(labels, torch.cat([labels[:99], torch.zeros(1).long()]), 2)
-    assert (good.accuracy, good.balanced) == pytest.approx((0.99, 0.95))
+    assert (good.accuracy, good.balanced_accuracy) == pytest.approx((0.99, 0.95))
     assert good.is_above_chance
 
 
@@ -78,6 +78,10 @@ def test_what_is_no_order_is_none() -> None:
     assert missing.order() == [3, 0, 1, 2]  # no image of class 3
 
 
-def test_the_standard_error() -> None:
-    assert standard_error(0.9, 900) == pytest.approx(0.01)
-    assert standard_error(1.0, 10) == 0
+def test_the_error_is_told() -> None:
+    labels = torch.arange(900) % 2
+    some = answered(labels, labels.where(torch.arange(900) >= 90, 1 - labels), 2)
+    assert some.standard_error == pytest.approx(0.01)
+    assert str(some) == "90.00% ± 1.00%"
+    uneven = answered(torch.tensor([0] * 90 + [1] * 10), torch.zeros(100).long(), 2)
+    assert str(uneven) == "90.00% ± 3.00% (balanced: 50.00%)"

@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 import n2n_fast
-from command_line import invoke, output, refusal
+from command_line import invoke, output, refusal, told
 from hostile import npz, payload, saved
 from n2n_fast.cli import main
 from n2n_fast.search import environment
@@ -49,7 +49,8 @@ def test_teach_run_evaluate(taught, place):
     assert f"{result['student']['test_accuracy']:.2%}" in out
     assert f"{result['compression']:.1f}x" in out
     assert "rollouts/min" in err
-    expected = f"test accuracy {result['student']['test_accuracy']:.2%} on 359 images"
+    student = result["student"]
+    expected = f"test accuracy {student['test_accuracy']:.2%} ± {student['test_standard_error']:.2%}"
     assert expected in output("evaluate", "runs/2")
 
 
@@ -113,8 +114,8 @@ def test_alone_it_prints_its_help():
 def test_it_runs_as_a_module_and_tells_its_version_and_what_was_built(place):
     command = [sys.executable, "-m", "n2n_fast", "--version"]  # elsewhere: here may lie a checkout that is not built
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=True)
-    for told in (n2n_fast.__version__, torch.__version__, "SIMD", n2n_fast.build_info()["simd_used"], "CUDA"):
-        assert told in done.stdout
+    for text in (n2n_fast.__version__, torch.__version__, "SIMD", n2n_fast.build_info()["simd_used"], "CUDA"):
+        assert text in done.stdout
 
 
 # Options from the command line, the environment and files
@@ -139,7 +140,7 @@ def searched(monkeypatch):
 
     def settings(*options):
         seen = []
-        monkeypatch.setattr(main, "_teacher_and_data", lambda *_: (None, None))
+        monkeypatch.setattr(main, "_teacher_and_data", lambda *_: (None, None, None))
         monkeypatch.setattr(main, "compress", lambda model, images, config, *_, **__: seen.append(config) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             invoke("run", "--data", "npz:set.npz", *options)
@@ -204,8 +205,8 @@ RESNET18 = ("inspect", "--arch", "resnet18", "--image-size", "32")
 
 def test_inspect():
     out = output(*RESNET18)
-    for told in ("layer4.0.downsample.0", "changes the resolution", "11,689,512 params"):
-        assert told in out
+    for text in ("layer4.0.downsample.0", "changes the resolution", "11,689,512 params"):
+        assert text in out
     content = json.loads(output(*RESNET18, "--json"))
     assert content["params"] == 11_689_512
     assert content["layers"][0]["note"] == "first layer"
@@ -221,7 +222,7 @@ def test_inspect():
 
 def test_inspect_takes_sizes_from_the_data(place):
     (place / "t.pt").write_bytes(small_state())
-    (place / "set.npz").write_bytes(npz(x=np.zeros((40, 20, 20), np.uint8), y=np.arange(40) % 10))
+    (place / "set.npz").write_bytes(npz(x=np.arange(16000).reshape(40, 20, 20).astype(np.uint16), y=np.arange(40) % 10))
 
     def seen(*options):
         return json.loads(output("inspect", *options, "--json"))
@@ -261,7 +262,7 @@ def config(**changed):
     return json.dumps({**asdict(n2n_fast.SearchConfig()), **changed}).encode()
 
 
-IMAGES, LABELS = np.zeros((40, 8, 8), np.uint8), np.arange(40) % 10
+IMAGES, LABELS = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8), np.arange(40) % 10
 FILES = {
     "t.pt": small_state,
     "cut.pt": lambda: small_state()[:9000],
@@ -373,7 +374,7 @@ def test_an_interrupt_ends_with_130(taught, monkeypatch):
 
     monkeypatch.setattr(main, "compress", interrupted(Interrupted("here")))
     code, _, err = invoke("run", "--teacher", taught[0], "--out", "here")
-    assert (code, err) == (130, "interrupted; go on with: n2n-fast run --resume here\n")
-    monkeypatch.setattr(main, "load", interrupted(KeyboardInterrupt))
+    assert (code, told(err)) == (130, ["interrupted; go on with: n2n-fast run --resume here"])
+    monkeypatch.setattr(main, "read_data", interrupted(KeyboardInterrupt))
     code, _, err = invoke("run")
     assert (code, err.strip()) == (130, "interrupted")

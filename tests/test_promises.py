@@ -223,6 +223,8 @@ VALUES_OF_ONE = {
         "--mean": ("", "nan", "inf", "0,-inf", "1e999", ","),
         "--std": ("", "nan", "inf", "0,-inf", "1e999", ","),
         "--image-size": ("", "0", "-1", "nan", "1.5", "9" * 30),
+        "--validation": ("",),
+        "--test": ("",),
         "--set": ("", "=", "updates", "updates=", "=3"),
     },
     "inspect": {
@@ -231,6 +233,23 @@ VALUES_OF_ONE = {
         "--data": ("", ":", "npz:", "imagefolder:", "digits:x"),
         "--image-size": ("0", "-1", "nan", "9" * 30),
         "--round-to": ("0", "-1", "nan", "9" * 30),
+    },
+    "teach": {
+        "--out": ("", "a\0b"),
+        "--epochs": ("", "0", "-1", "nan", "inf", "1e300"),
+        "--learning-rate": ("", "0", "-1", "nan", "inf", "1e300"),
+        "--batch-size": ("", "0", "-1", "1.5", "9" * 30),
+        "--seed": ("", "1.5", "nan", "9" * 30),
+        "--channels": ("", "0", "-1", "9" * 30),
+        "--image-size": ("", "0", "-1", "8x", "x8", "8x8x8", "9" * 30, "9" * 5000),
+        "--validation": ("", "nan", "inf", "-1", "0", "1e9", "9" * 30, "nowhere"),
+        "--test": ("", "nan", "inf", "-1", "1e9", "9" * 30, "nowhere"),
+        "--class-order": ("", "a", ","),
+        "--mean": ("", "nan", "inf"),
+        "--std": ("", "nan", "inf", "0", "-1"),
+        "--device": ("", "meta"),
+        "--arch": ("", "resnet0"),
+        "--data": ("", ":", "npz:", "digits:x"),
     },
     "evaluate": {"": ("", "a\0b"), "--device": ("", "meta"), "--config": ("",)},
     "report": {"": ("", "a\0b")},
@@ -248,8 +267,9 @@ CASES = [(command, name) for command, of_command in VALUES_OF_ONE.items() for na
 @pytest.mark.usefixtures("begun")
 @pytest.mark.parametrize(("command", "name"), CASES)
 def test_a_wrong_value_of_an_option_is_one_line(command, name, tiny_run, place):
-    extra = {"evaluate": [tiny_run], "export": [tiny_run, "--to=pt2"], "--gpus-per-worker": ["--workers=2"]}
-    extra |= {"--ray-address": ["--workers=2"], "inspect": ["--arch=digits_resnet", "--image-size=8"]}
+    extra = {"evaluate": [tiny_run], "export": [tiny_run, "--to=pt2"], "teach": ["--arch=digits_resnet", "--quiet"]}
+    extra |= {"inspect": ["--arch=digits_resnet", "--image-size=8"]}
+    extra |= dict.fromkeys(("--gpus-per-worker", "--ray-address"), ["--workers=2"])
     for value in VALUES_OF_ONE[command][name]:
         before = [] if name == "" else [*extra.get(command, []), *extra.get(name, [])]
         refusal(command, *before, f"{name}={value}" if name else value)

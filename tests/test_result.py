@@ -15,6 +15,7 @@ from n2n_fast.search import result
 from n2n_fast.search.checkpoint import RunDirectory
 from n2n_fast.search.reward import Constraints
 from n2n_fast.search.stage import Search, SearchProgress
+from n2n_fast.training.data import ImageData
 from n2n_fast.training.teachers import SmallResNet
 from quarters import quarters
 
@@ -27,6 +28,8 @@ def finish(monkeypatch, tmp_path):
     """Write what a search on another device found."""
     monkeypatch.setattr(result, "_measured", lambda *_: dict(MEASURED))
     data, teacher = quarters(), SmallResNet(1, 4, 1).eval()
+    described = data.described()
+    monkeypatch.setattr(ImageData, "described", lambda _: described)  # which reads from the device
     space = ArchitectureSpace(teacher, data.train.batch(torch.arange(2))[0])
     arch = space.shrink(space.teacher, [0.5] * len(space.layers))
     student = space.build(arch).to(ELSEWHERE)
@@ -34,7 +37,7 @@ def finish(monkeypatch, tmp_path):
     def run():
         with Fetching(), RunDirectory(tmp_path / "run", {}) as directory:
             directory.begin()
-            reference = SimpleNamespace(module=teacher, space=space)
+            reference = SimpleNamespace(module=teacher, space=space, doubts=())
             search = Search(
                 CONFIG, data.to(ELSEWHERE), reference, Constraints(), directory, SearchProgress(), *[None] * 4
             )

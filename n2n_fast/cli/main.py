@@ -13,20 +13,20 @@ import torch
 from torch import nn
 
 from n2n_fast.cli import report, tables
+from n2n_fast.cli.data import DIGITS, data_lines, data_option, image_options, read_data, whole_spec
 from n2n_fast.cli.evaluate import student_accuracy
 from n2n_fast.cli.export import SUFFIXES, export
 from n2n_fast.cli.options import (
     OF_ONE_CALL,
-    Decorator,
     FilePath,
     Group,
     Number,
     assignments,
     device,
     given_settings,
-    numbers,
     option,
     options,
+    positive,
     setting_options,
     take_run,
     unknown_variables,
@@ -34,6 +34,7 @@ from n2n_fast.cli.options import (
 )
 from n2n_fast.cli.progress import TENSORBOARD, Bar, Curves
 from n2n_fast.cli.streams import lasting_streams
+from n2n_fast.cli.teach import resuming_command, train_to_file, trained
 from n2n_fast.files.errors import BadInput, DeviceFault, telling_device_faults
 from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search.checkpoint import Interrupted, reserved
@@ -44,12 +45,10 @@ from n2n_fast.search.result import Result
 from n2n_fast.search.workers import MOST as MOST_WORKERS
 from n2n_fast.search.workers import Workers, ray_module
 from n2n_fast.training import teacher_files, teachers
-from n2n_fast.training.data import ImageData, accuracy
-from n2n_fast.training.datasets import load
+from n2n_fast.training.data import ImageData
 
 INFEASIBLE = 3
 INTERRUPTED = 130
-DIGITS = "digits"
 # What suits 1,797 images of 8x8 pixels: an epoch is ten steps.
 DIGITS_DEFAULTS = {
     "updates": 15,
@@ -59,11 +58,11 @@ DIGITS_DEFAULTS = {
     "batch_size": 64,
     "learning_rate": 0.02,
 }
-DIGITS_VALIDATION = 0.2
 DIGITS_TEACHER_EPOCHS = 30.0
 
 FILE = FilePath()
 COUNT = click.IntRange(1, MOST)
+SEED = click.IntRange(-(2**63), 2**64 - 1)  # of torch
 SHOWN = ("objective", "max_params", "max_macs", "max_latency", "min_accuracy", "max_drop", "seed")
 
 
@@ -97,20 +96,6 @@ def _fail(message: str) -> None:
 
 
 # Options that several commands share
-
-DATA = "digits, cifar10:DIR, cifar100:DIR, svhn:DIR, fashion-mnist:DIR, imagefolder:DIR or npz:FILE."
-data_option = option("--data SPEC", DATA, default=DIGITS, show_default=True)
-
-
-def image_options(shown: bool) -> Decorator:
-    """How images are read."""
-    return options(
-        option("--mean M[,M,M]", "Pixel mean, 0 to 1; default: the set's own.", shown, callback=numbers),
-        option("--std S[,S,S]", "Pixel deviation; default: the set's own.", shown, callback=numbers),
-        option("--image-size PX", "Resize images to PX x PX.", shown, type=COUNT),
-        option("--download", "Fetch a missing data set (cifar, svhn, fashion-mnist).", shown),
-    )
-
 
 teacher_options = options(
     option("--teacher FILE", "The teacher's state dict.", type=FILE),
@@ -184,16 +169,16 @@ def run(context: click.Context, /, **options: Any) -> int:
     with reserved(out, more["resume"]):  # what is refused is so before a teacher is trained, and in a dry run
         if options["policy"] is not None:
             read_policies(options["policy"])
-    model, images = _teacher_and_data(options, config.seed)
+    model, images, trained_on = _teacher_and_data(options, config.seed)
     if options["dry_run"]:
         found = plan(model, images, config)
         _tell(options["json"], found, tables.plan_table(found))
         return 0
-    command = {name: _plain(value) for name, value in options.items() if name not in (*OF_ONE_CALL, *SETTINGS)}
+    command = {name: _plain(name, value) for name, value in options.items() if name not in (*OF_ONE_CALL, *SETTINGS)}
     with Bar(options["quiet"], curves) as bar:
         try:
             with bar.stops_by_signals(), _telling_how_to_go_on(out):
-                result = compress(model, images, config, out, bar, **more, command=command)
+                result = compress(model, images, config, out, bar, **more, command=command, trained_on=trained_on)
         except Interrupted as stopped:  # here, since click knows a KeyboardInterrupt alone
             click.echo(f"interrupted; go on with: n2n-fast run --resume {stopped}", err=True)
             return INTERRUPTED
@@ -235,23 +220,33 @@ def _workers(options: dict[str, Any]) -> Workers | None:
     return workers
 
 
-def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, ImageData]:
-    """The teacher, trained first where there is no file of it, and its data."""
+def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, ImageData, str | None]:
+    """The teacher, trained first where there is no file of it, its data, and the digest of those it was trained on."""
     file, data = options["teacher"], options["data"]
     if file is None and data != DIGITS:
         raise BadInput(f"--data {data} needs a teacher trained on it: give --teacher FILE, made by n2n-fast teach")
     if file is None:
-        images = _load(options, seed, None)
+        images = _read(options, None)
         model = teachers.create("digits_resnet", images.classes, 1, seed=seed)
-        model = _teach(model, images, options["quiet"], epochs=DIGITS_TEACHER_EPOCHS, seed=seed)
+        with Bar(options["quiet"]) as bar:
+            trained(model, images, bar, epochs=DIGITS_TEACHER_EPOCHS, seed=seed)
+        trained_on: str | None = images.digest
     else:
         model = teacher_files.load_teacher(file, options["arch"], allow_pickle=options["allow_pickle"])
-        images = _load(options, seed, teachers.input_channels(model))
-    return model, images
+        made = teacher_files.made_from(file, model)
+        seen = made["data"] if made else {}
+        for name in ("image_size", "mean", "std"):  # as it was trained, if that is known
+            options[name] = options[name] or seen.get(name)
+        images, trained_on = _read(options, teachers.input_channels(model)), seen.get("digest")
+    return model, images, trained_on
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
     """An option's value as JSON has it; files by their whole path, so that a run goes on from any directory."""
+    if name == "data":
+        return whole_spec(value)
+    if name == "image_size" and value is not None:
+        return "x".join(map(str, value))
     if isinstance(value, Path):
         return str(value.absolute())
     return str(value) if isinstance(value, torch.device) else value
@@ -267,28 +262,22 @@ def _plain(value: Any) -> Any:
 @option("--out FILE", "File to write.", default="teacher.pt", show_default=True, type=FILE)
 @data_option
 @image_options(shown=True)
-@option("--epochs E", "Times through the data.", default=10.0, show_default=True)
-@option("--batch-size N", "Images per training step.", default=128, show_default=True, type=COUNT)
-@option("--learning-rate R", "Peak learning rate.", default=0.1, show_default=True)
-@option("--seed N", "Seed of all that is drawn.", default=0, show_default=True)
+@option("--epochs E", "Times through the data.", default=10.0, show_default=True, callback=positive)
+@option("--batch-size N", "Images per training step.", default=128, show_default=True, type=click.IntRange(2, MOST))
+@option("--learning-rate R", "Peak learning rate.", default=0.1, show_default=True, callback=positive)
+@option("--seed N", "Seed of all that is drawn.", default=0, show_default=True, type=SEED)
+@option("--resume", "Go on with a training that was cut off, by the same options.")
 @device_option
 @quiet_option
-def teach(**options: Any) -> None:
-    """Train a teacher on a data set and save its state dict."""
-    out, arch, seed = options["out"], options["arch"], options["seed"]
-    if out.exists():
-        raise BadInput(f"{out}: exists already; give another --out or remove it")
-    if not out.parent.is_dir():
-        raise BadInput(f"{out}: its directory does not exist; make it or give another --out")
-    images = _load(options, seed, options["channels"] or teachers.usual_channels(arch))
-    channels, size = images.train.channels, images.train.image_size[0]
-    model = teachers.create(arch, images.classes, channels, size, options["cifar_stem"], seed)
-    training = {name: options[name] for name in ("epochs", "batch_size", "learning_rate", "seed")}
-    model = _teach(model, images, options["quiet"], **training)
-    torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, out)
-    click.echo(f"{out}: validation accuracy {accuracy(model, images.validation):.2%}")
-    if images.test is not None:
-        click.echo(f"{out}: test accuracy {accuracy(model, images.test):.2%}")
+def teach(**options: Any) -> int:
+    """Train a teacher on a data set and save its state dict, and beside it how it was made."""
+    try:
+        lines = train_to_file(options, lambda channels: _read(options, channels))
+    except Interrupted:
+        click.echo(f"interrupted; go on with: {resuming_command()}", err=True)
+        return INTERRUPTED
+    click.echo("\n".join(lines))
+    return 0
 
 
 @cli.command(example="n2n-fast inspect --arch resnet18 --image-size 32")
@@ -296,7 +285,7 @@ def teach(**options: Any) -> None:
 @pickle_option
 @setting_options("leaf", "round_to")
 @option("--data SPEC", "Data set whose images the network takes; as of run.")
-@option("--image-size PX", "Size of its images; default: the data's, or 224.", type=COUNT)
+@image_options(shown=False)
 @json_option
 @click.pass_context
 def inspect(context: click.Context, /, **options: Any) -> None:
@@ -315,10 +304,13 @@ def inspect(context: click.Context, /, **options: Any) -> None:
 
 def _inspected(options: dict[str, Any]) -> tuple[nn.Module, torch.Tensor]:
     """A network to look at, and an image (1, C, H, W) as it is to see."""
-    file, arch, data, size = (options[name] for name in ("teacher", "arch", "data", "image_size"))
+    file, arch, size = options["teacher"], options["arch"], options["image_size"] or (224, 224)
 
     def loaded(channels: int | None) -> ImageData | None:
-        return None if data is None else load(data, image_size=size, channels=channels)
+        if options["data"] is None:
+            return None
+        images = _read(options, channels)
+        return images
 
     if file is not None:
         model = teacher_files.load_teacher(file, arch, allow_pickle=options["allow_pickle"])
@@ -330,7 +322,7 @@ def _inspected(options: dict[str, Any]) -> tuple[nn.Module, torch.Tensor]:
     else:
         raise BadInput("nothing to inspect: give --teacher FILE or --arch NAME")
     if images is None:
-        return model, torch.zeros(1, teachers.input_channels(model) or 3, size or 224, size or 224)
+        return model, torch.zeros(1, teachers.input_channels(model) or 3, *size)
     teachers.check_teacher(model, images)
     return model, images.train.batch(torch.arange(1))[0]
 
@@ -344,8 +336,12 @@ def _inspected(options: dict[str, Any]) -> tuple[nn.Module, torch.Tensor]:
 def evaluate(directory: Path, data: str | None, download: bool, device: torch.device, **options: Any) -> None:
     """Measure the accuracy of a run's student on the test split of its data, preprocessed as in the run."""
     content = student_accuracy(directory, data, download, device)
-    text = "{split} accuracy {accuracy:.2%} on {images} images of {data}".format(**content)
-    _tell(options["json"], content, text)
+    name, uneven = content["data"]["name"], abs(content["accuracy"] - content["balanced_accuracy"]) > 0.01
+    balanced = f", balanced {content['balanced_accuracy']:.2%}" if uneven else ""
+    text = "{split} accuracy {accuracy:.2%} ± {standard_error:.2%}".format(**content)
+    for warning in content["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+    _tell(options["json"], content, f"{text}{balanced} on {content['images']} images of {name}")
 
 
 @cli.command("report", example="n2n-fast report runs/1")
@@ -371,20 +367,12 @@ def export_command(directory: Path, **options: Any) -> None:
 # What the commands are made of
 
 
-def _load(options: dict[str, Any], seed: int, channels: int | None) -> ImageData:
-    """The data that the options name, with these input channels."""
-    named = {name: options[name] for name in ("image_size", "mean", "std", "download", "device")}
-    validation = DIGITS_VALIDATION if options["data"] == DIGITS else None
-    return load(options["data"], channels=channels, validation=validation, **named)
-
-
-def _teach(model: nn.Module, images: ImageData, quiet: bool, **options: Any) -> nn.Module:
-    """Train a teacher under a progress bar."""
-    start = time.perf_counter()
-    with Bar(quiet) as bar:
-        model = teachers.train_teacher(model, images, progress=bar, **options)
-        bar.message(f"teacher trained in {time.perf_counter() - start:.0f} s")
-    return model
+def _read(options: dict[str, Any], channels: int | None) -> ImageData:
+    """The data that the options name; says what they were taken to be, before anything is computed."""
+    images = read_data(options, channels)
+    if not options.get("quiet"):
+        click.echo("\n".join(data_lines(images.described())), err=True)
+    return images
 
 
 def _tell(as_json: bool, content: dict[str, Any], text: str) -> None:

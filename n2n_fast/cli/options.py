@@ -22,6 +22,7 @@ from n2n_fast.search.config import SETTINGS, Setting, allowed, parse
 PREFIX = "N2N_FAST_"  # of environment variables: N2N_FAST_UPDATES is --updates
 OF_THE_BUILD = ("N2N_FAST_CUDA", "N2N_FAST_SANITIZE", "N2N_FAST_FUZZ")
 OF_ONE_CALL = ("resume", "set", "dry_run", "json", "quiet")  # what config.json does not note
+LARGEST = 100_000  # epochs, or learning rate
 NOT_IN_FILES = ("config", "resume", "set", "help_all")
 
 Decorator = Callable[[Any], Any]
@@ -140,6 +141,13 @@ def numbers(_: click.Context, option: click.Parameter, value: str | None) -> lis
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a number or a comma-separated list of them", param=option) from None
     return listed
+
+
+def positive(_: click.Context, option: click.Parameter, value: float) -> float:
+    """A number above 0 by which something can be done that ends."""
+    if not 0 < value <= LARGEST:  # nan is not
+        raise click.BadParameter(f"{value} is not above 0 and at most {LARGEST:,}", param=option)
+    return value
 
 
 def device(_: click.Context, option: click.Parameter, value: str | None) -> torch.device:

@@ -12,11 +12,22 @@ Rows = list[tuple[str, ...]]
 
 def result_table(table: dict[str, Any]) -> str:
     """The final table of result.json as aligned text: teacher and student side by side."""
-    return _aligned(result_rows(table))
+    text = _aligned(result_rows(table))
+    seen = table["teacher"].get("may_have_seen", ())
+    if not seen:
+        return text
+    return f"{text}\n* the teacher may have been trained on the {' and '.join(seen)} images"
 
 
 def result_rows(table: dict[str, Any]) -> Rows:
     networks = table["teacher"], table["student"]
+    parts = [part for part in ("validation", "test") if networks[1][f"{part}_accuracy"] is not None]
+    accuracies = [(f"{part} accuracy", *(_with_error(network, part) for network in networks)) for part in parts]
+    if _is_uneven(networks[1], parts):
+        accuracies += [
+            (f"{part}, balanced", *(percent(network[f"{part}_balanced_accuracy"]) for network in networks))
+            for part in parts
+        ]
     return [
         ("", "teacher", "student"),
         ("params", *(f"{network['params']:,}" for network in networks)),
@@ -24,10 +35,23 @@ def result_rows(table: dict[str, Any]) -> Rows:
         ("size on disk", *(f"{network['bytes'] / 1e6:.2f} MB" for network in networks)),
         ("latency, 1 image", *(f"{network['latency_ms']:.2f} ms" for network in networks)),
         ("latency, 64 images", *(f"{network['latency_ms_64']:.2f} ms" for network in networks)),
-        ("validation accuracy", *(percent(network["validation_accuracy"]) for network in networks)),
-        ("test accuracy", *(percent(network["test_accuracy"]) for network in networks)),
+        *accuracies,
         ("compression", "1.0x", f"{table['compression']:.1f}x"),
     ]
+
+
+def _with_error(network: dict[str, Any], part: str) -> str:
+    """An accuracy with its standard error; with a mark where the network may have been trained on these images."""
+    mark = "*" if part in network.get("may_have_seen", ()) else ""
+    return f"{percent(network[f'{part}_accuracy'])} ± {100 * network[f'{part}_standard_error']:.2f}{mark}"
+
+
+def _is_uneven(network: dict[str, Any], parts: list[str]) -> bool:
+    """Whether plain and balanced accuracy tell different things."""
+    return any(
+        abs(network[f"{part}_accuracy"] - network[f"{part}_balanced_accuracy"]) > 2 * network[f"{part}_standard_error"]
+        for part in parts
+    )
 
 
 def export_table(exported: Exported) -> str:

@@ -5,7 +5,6 @@ and the work behind that, at most one update or one training, is done again.
 """
 
 import contextlib
-import io
 import json
 import os
 import tempfile
@@ -14,20 +13,18 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from n2n_fast.files.errors import BadInput
 from n2n_fast.files.safe_load import parse_json, read_tensors, understood
-from n2n_fast.files.states import on_cpu
+from n2n_fast.files.whole import aside, write_json, write_tensors, write_whole
 
 CHECKPOINT, HISTORY, TRAINING, SETTINGS = "checkpoint.pt", "history.jsonl", "training.pt", "config.json"
-LOCK, ASIDE = ".lock", ".{}.new"
+LOCK = ".lock"
 SECONDS_BETWEEN = 30.0  # two checkpoints of a training
 SHOWN_KEYS = 5
 
 
 class Interrupted(KeyboardInterrupt):
-    """The search was asked to stop, and what is done is kept."""
+    """The work was asked to stop, and what is done is kept in the directory that this names."""
 
 
 class RunDirectory:
@@ -40,7 +37,7 @@ class RunDirectory:
         resume: bool = False,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """settings: for config.json; a resumed run must have the same, but for its "command".
+        """settings: for config.json; a resumed run must have the same, but for its "command" and "data_read".
 
         stopping: whether the search was asked to stop. Entering the context raises BadInput where the directory cannot
         be used.
@@ -55,7 +52,8 @@ class RunDirectory:
             self._stack.enter_context(reserved(self.path, self._resume))
             if self._resume:
                 _check_settings(self.path, self._settings)
-                self.checkpoint = self.read_tensors(CHECKPOINT)
+                checkpoint = self.path / CHECKPOINT
+                self.checkpoint = read_state(checkpoint) if checkpoint.exists() else None
                 self._open_history()
             self._stack = self._stack.pop_all()
         return self
@@ -99,64 +97,45 @@ class RunDirectory:
 
     def training(self, name: str) -> "TrainingCheckpointer":
         """The checkpointer of the training of this name."""
-        return TrainingCheckpointer(self, name, self._stopping)
-
-    # Files written whole
+        return TrainingCheckpointer(self.path / TRAINING, name, self._stopping)
 
     def write(self, name: str, content: bytes) -> None:
-        """Replace a file whole: whatever happens, it is as it was before or as it should be."""
-        aside = self.path / ASIDE.format(name)
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.path / name)
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        """Replace a file whole."""
+        write_whole(self.path / name, content)
 
     def write_json(self, name: str, content: Any) -> None:
         """Replace a file by JSON."""
-        self.write(name, (json.dumps(content, indent=2) + "\n").encode())
+        write_json(self.path / name, content)
 
     def write_tensors(self, name: str, content: Any) -> None:
-        """Replace a file by what torch.save makes of tensors, of any device, and plain values."""
-        file = io.BytesIO()
-        torch.save(on_cpu(content), file)
-        self.write(name, file.getvalue())
-
-    def read_tensors(self, name: str) -> dict[str, Any] | None:
-        """What `write_tensors` wrote; None where there is no such file."""
-        path = self.path / name
-        return read_state(path) if path.exists() else None
+        """Replace a file by tensors, of any device, and plain values."""
+        write_tensors(self.path / name, content)
 
 
 class TrainingCheckpointer:
-    """Keeps the current training in training.pt, every half minute and when the search is asked to stop."""
+    """Keeps a training in a file, every half minute and when it is asked to stop."""
 
-    def __init__(self, directory: RunDirectory, name: str, stopping: Callable[[], bool]) -> None:
-        """name: of the training, whose state no other one takes. stopping: whether the search was asked to stop."""
-        self._directory, self._name, self._stopping = directory, name, stopping
+    def __init__(self, path: Path, name: Any, stopping: Callable[[], bool]) -> None:
+        """name: plain values that tell this training from others. stopping: whether it was asked to stop."""
+        self._path, self._name, self._stopping = path, name, stopping
         self._last = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
         """The state of this very training, if it was kept."""
-        saved = self._directory.read_tensors(TRAINING)
+        saved = read_state(self._path) if self._path.exists() else None
         if saved is None or saved.get("name") != self._name:
             return None
-        with understood(self._directory.path / TRAINING):
+        with understood(self._path):
             return dict(saved["state"])
 
     def offer(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Keep the state if it is time for it; raises Interrupted after that where the search was asked to stop."""
+        """Keep the state if it is time for it; raises Interrupted after that where the training is to stop."""
         stop = self._stopping()
         if stop or time.monotonic() - self._last > SECONDS_BETWEEN:
-            self._directory.write_tensors(TRAINING, {"name": self._name, "state": state()})
+            write_tensors(self._path, {"name": self._name, "state": state()})
             self._last = time.monotonic()
         if stop:
-            raise Interrupted(self._directory.path)
+            raise Interrupted(self._path.parent)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -219,15 +198,17 @@ def _check_content(path: Path, resume: bool) -> None:
 
 def _is_leftover(file: Path) -> bool:
     """Whether a run that was killed before it began may have left this file."""
-    return file.name == ASIDE.format(SETTINGS) or (file.name == LOCK and file.is_file() and file.stat().st_size == 0)
+    return file.name == aside(file.with_name(SETTINGS)).name or (
+        file.name == LOCK and file.is_file() and file.stat().st_size == 0
+    )
 
 
 def _remove_unbegun(path: Path, made: list[Path], made_lock: bool) -> None:
     """Leave no trace of a run that did not begin; made: its directories, the innermost first."""
     if not (path / SETTINGS).exists():
-        for name in (ASIDE.format(SETTINGS), *([LOCK] if made_lock else [])):
+        if made_lock:
             with contextlib.suppress(OSError):
-                (path / name).unlink()
+                (path / LOCK).unlink()
         for directory in made:
             with contextlib.suppress(OSError):
                 directory.rmdir()
@@ -249,8 +230,14 @@ def _lock(file: IO[str]) -> bool:
 def _check_settings(path: Path, here: Mapping[str, Any]) -> None:
     """Raise BadInput where the run was begun with other settings than these."""
     there = read_settings(path)
-    names = sorted({*there, *here} - {"command"})
+    ignored = dict.fromkeys(("command", "data_read"))
+    check_same({**there, **ignored}, {**here, **ignored}, path / SETTINGS)
+
+
+def check_same(there: Mapping[str, Any], here: Mapping[str, Any], file: Path) -> None:
+    """Raise BadInput that names the settings in `file` which differ from those here."""
+    names = sorted({*there, *here})
     other = [f"{n} ({there.get(n)!r} there, {here.get(n)!r} here)" for n in names if there.get(n) != here.get(n)]
     if other:
         shown = ", ".join(other[:SHOWN_KEYS]) + (", ..." if len(other) > SHOWN_KEYS else "")
-        raise BadInput(f"{path / SETTINGS}: made by another configuration: {shown}; give the same settings")
+        raise BadInput(f"{file}: made by another configuration: {shown}; give the same settings")

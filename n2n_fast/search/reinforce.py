@@ -20,9 +20,10 @@ from n2n_fast.search.environment import Executor, Training
 from n2n_fast.search.result import Result, finish, train_best
 from n2n_fast.search.reward import RewardFunction
 from n2n_fast.search.stage import Rollout, Search, SearchProgress, Stage
-from n2n_fast.search.teacher import Reference, digest, space_of
+from n2n_fast.search.teacher import Reference, space_of
 from n2n_fast.search.workers import RayExecutor, Workers
 from n2n_fast.training.data import ImageData
+from n2n_fast.training.teachers import digest
 
 __all__ = ["Rollout", "SearchProgress", "compress", "read_policies"]
 
@@ -40,6 +41,7 @@ def compress(
     workers: Workers | None = None,
     training: Training | None = None,
     reward: RewardFunction | None = None,
+    trained_on: str | None = None,
 ) -> Result:
     """Search for the student of best reward, train it fully and write the run directory `out`.
 
@@ -55,6 +57,9 @@ def compress(
     training: trains a student in place for so many epochs, a fraction for a rollout; instead of distillation. Where a
     run goes on, such a training begins again. reward: of a validation accuracy and a `Cost`; instead of
     C (2 - C) · A / A_teacher. Limits apply to either.
+
+    trained_on: `data.digest`, where the teacher is known to have seen none of the validation and test images; otherwise
+    the run says what it may have seen.
     """
     _check_types(teacher, data, config, out, progress, policies, workers)
     teacher, config, progress = unwrapped(teacher), config or SearchConfig(), progress or SearchProgress()
@@ -62,8 +67,8 @@ def compress(
         trained = {} if policies is None else read_policies(Path(policies))
         settings = _settings(teacher, data, config, command)
         with RunDirectory(Path(out), settings, resume, progress.stopping) as directory:
-            reference = Reference.of(teacher, data, config)
-            for line in (*(f"warning: {warning}" for warning in reference.space.warnings), reference.summary):
+            reference = Reference.of(teacher, data, config, trained_on)
+            for line in (*(f"warning: {warning}" for warning in reference.space.warnings), *reference.summary):
                 progress.message(line)
             directory.begin()
             shared = config, data, reference, reference.limits(config), directory, progress, executor
@@ -187,13 +192,7 @@ def _settings(
     teacher: nn.Module, data: ImageData, config: SearchConfig, command: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What config.json says of a run; the data's preprocessing, by which `evaluate` shows the student images."""
-    split = data.train
-    preprocessing = {
-        "name": data.name,
-        "image_size": split.image_size[0],
-        "channels": split.channels,
-        "mean": split.mean.tolist(),
-        "std": split.std.tolist(),
-    }
     noted = {} if command is None else {"command": dict(command)}
-    return {**asdict(config), "data": preprocessing, "teacher": digest(teacher), **noted}
+    described = data.described()
+    told = {name: described.pop(name) for name in ("name", "parts", "notes")}  # where they lie
+    return {**asdict(config), "data": described, "teacher": digest(teacher), "data_read": told, **noted}

@@ -17,7 +17,8 @@ from n2n_fast.networks.student import independent_copy
 from n2n_fast.search.reward import Cost
 from n2n_fast.search.stage import Final, Search, Stage
 from n2n_fast.search.teacher import latency_of
-from n2n_fast.training.data import ImageData, accuracy
+from n2n_fast.training.answers import answers
+from n2n_fast.training.data import ImageData, Split
 from n2n_fast.training.distill import latency_ms
 
 MOST_DIVERGED = 3  # full trainings, after which others are not tried either
@@ -94,10 +95,11 @@ def finish(search: Search, student: nn.Module) -> Result:
     saved = independent_copy(student).cpu()  # torch.export.load has no map_location: files are made on the CPU
     progress.message("measuring teacher and student")
     table: dict[str, Any] = {
-        "data": data.name,
+        "data": data.described(),
         "teacher": _measured(search.teacher.module, search.teacher.space.teacher, data),
         "student": _measured(student, arch, data),
     }
+    table["teacher"]["may_have_seen"] = list(search.teacher.doubts)
     table["compression"] = table["teacher"]["params"] / max(1, arch.params)
     cost = Cost(arch.params, arch.macs, latency_of(student, data, search.config))
     table["gaps"] = search.constraints.gaps(cost, table["student"]["validation_accuracy"])
@@ -105,6 +107,8 @@ def finish(search: Search, student: nn.Module) -> Result:
     directory.write_tensors("policies.pt", {stage.name: stage.policy.state_dict() for stage in search.stages})
     directory.write_json("architecture.json", [_described(stage) for stage in search.stages])
     directory.write_tensors("student.pt", saved.state_dict())
+    inputs = ("image_size", "channels", "mean", "std", "classes")
+    directory.write_json("student.json", {name: table["data"][name] for name in inputs})
     points = [point for stage in search.stages for point in _points(stage)]
     directory.write_json("front.json", {by: [asdict(p) for p in front(points, by)] for by in ("params", "macs")})
     index = torch.arange(2, device=data.validation.labels.device) % len(data.validation)
@@ -171,9 +175,16 @@ def _measured(model: nn.Module, arch: Architecture, data: ImageData) -> dict[str
         "bytes": file.getbuffer().nbytes,
         "latency_ms": latency_ms(model, images[:1]),
         "latency_ms_64": latency_ms(model, images),
-        "validation_accuracy": accuracy(model, split),
-        "test_accuracy": None if data.test is None else accuracy(model, data.test),
+        **_accuracies("validation", model, data.validation, data.classes),
+        **_accuracies("test", model, data.test, data.classes),
     }
+
+
+def _accuracies(part: str, model: nn.Module, split: Split | None, classes: int) -> dict[str, Any]:
+    """Accuracy, its standard error, and the mean of the classes' accuracies; None without images."""
+    found = None if split is None else answers(model, split, classes)
+    figures = ("accuracy", "standard_error", "balanced_accuracy")
+    return {f"{part}_{figure}": None if found is None else getattr(found, figure) for figure in figures}
 
 
 def exported_program(student: nn.Module, example: Tensor, any_batch: bool = True) -> torch.export.ExportedProgram:

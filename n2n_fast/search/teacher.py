@@ -1,7 +1,6 @@
 """The teacher as a search refers to it: its space of students, its logits, what it costs and how accurate it is."""
 
 import copy
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +13,15 @@ from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.networks.tracing import run
 from n2n_fast.search.config import SearchConfig
 from n2n_fast.search.reward import Constraints, Cost
+from n2n_fast.training.answers import Answers, answers, percent
 from n2n_fast.training.batches import TeacherLogits
-from n2n_fast.training.data import ImageData, accuracy
+from n2n_fast.training.data import ImageData, Split
+from n2n_fast.training.datasets import NATURAL, natural
 from n2n_fast.training.distill import latency_ms
 from n2n_fast.training.seeds import derived
 from n2n_fast.training.teachers import check_teacher
+
+REMEMBERED = 2000  # training images on which a teacher's memory is tried
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Reference:
     """The teacher, to which every stage's logits and rewards refer.
 
     original: in float32 and eval mode, as it came, which may have more outputs. module: the same, gives logits alone.
-    space: of all its students. calibration: unlabelled images (n, C, H, W). accuracy: on the validation split.
+    space: of all its students. calibration: unlabelled images (n, C, H, W). answers: on the validation split. doubts:
+    parts of the data that it may have been trained on; remembered: on training images, where there are such.
     """
 
     original: nn.Module
@@ -34,26 +38,49 @@ class Reference:
     space: ArchitectureSpace
     calibration: Tensor
     cost: Cost
-    accuracy: float
+    answers: Answers
     logits: TeacherLogits
+    doubts: tuple[str, ...] = ()
+    remembered: Answers | None = None
 
     @classmethod
-    def of(cls, teacher: nn.Module, data: ImageData, config: SearchConfig) -> "Reference":
-        """Try, trace and measure a copy of a teacher on the data's device. Raises BadInput where it cannot be used."""
+    def of(
+        cls, teacher: nn.Module, data: ImageData, config: SearchConfig, trained_on: str | None = None
+    ) -> "Reference":
+        """Try, trace and measure a copy of a teacher on the data's device. Raises BadInput where it cannot be used.
+
+        trained_on: digest of the data whose training images alone it has seen; None where that is not known.
+        """
         original = copy.deepcopy(teacher).eval().to(data.train.images.device, torch.float32)
         check_teacher(original, data)
         calibration = _calibration_images(data, config)
         space = space_of(original, calibration, config)
         module = giving_logits(original, space, calibration)
-        validation_accuracy = _above_chance(module, data)
+        validation = _telling_classes_apart(module, data)
         cost = Cost(space.teacher.params, space.teacher.macs, latency_of(module, data, config))
-        return cls(original, module, space, calibration, cost, validation_accuracy, TeacherLogits(module, data.train))
+        doubts = () if trained_on == data.digest else data.cut_from_train
+        remembered = answers(module, _sample(data.train, REMEMBERED), data.classes) if doubts else None
+        logits = TeacherLogits(module, data.train)
+        return cls(original, module, space, calibration, cost, validation, logits, doubts, remembered)
 
     @property
-    def summary(self) -> str:
-        """One line of it."""
+    def accuracy(self) -> float:
+        """On the validation split, in 0..1."""
+        return self.answers.accuracy
+
+    @property
+    def summary(self) -> list[str]:
+        """What it is, a line each; what it may have seen."""
         timed = "" if self.cost.latency is None else f", {self.cost.latency:.2f} ms"
-        return f"teacher: {self.cost.params:,} params{timed}, validation accuracy {self.accuracy:.2%}"
+        lines = [f"teacher: {self.cost.params:,} params{timed}, validation accuracy {self.answers}"]
+        if self.remembered is not None:
+            lines.append(
+                f"warning: the teacher may have been trained on the {' and '.join(self.doubts)} images, which were cut "
+                f"from the training images: it has {percent(self.accuracy)} there and "
+                f"{percent(self.remembered.accuracy)} on training images; if it was, give --validation and --test "
+                "with images that it has not seen"
+            )
+        return lines
 
     def limits(self, config: SearchConfig) -> Constraints:
         """The limits on students, that on the drop of accuracy below the teacher's among them."""
@@ -93,16 +120,6 @@ def latency_of(model: nn.Module, data: ImageData, config: SearchConfig) -> float
     return latency_ms(model, images.batch(index)[0])
 
 
-def digest(teacher: nn.Module) -> str:
-    """A short hash of a network's tensors in float32, which tells one teacher from another."""
-    content = hashlib.sha256()
-    for name, tensor in teacher.state_dict().items():
-        content.update(name.encode())
-        values = tensor.float() if tensor.is_floating_point() else tensor
-        content.update(values.detach().cpu().contiguous().numpy().tobytes())
-    return content.hexdigest()[:16]
-
-
 def _calibration_images(data: ImageData, config: SearchConfig) -> Tensor:
     """Unlabelled training images, (n, C, H, W) normalised, drawn by the seed."""
     split = data.train
@@ -111,16 +128,35 @@ def _calibration_images(data: ImageData, config: SearchConfig) -> Tensor:
     return split.batch(index.to(split.images.device))[0]
 
 
-def _above_chance(teacher: nn.Module, data: ImageData) -> float:
-    """The teacher's validation accuracy; BadInput where it has learned nothing about this data."""
-    try:
-        measured = accuracy(teacher, data.validation, strict=True)
-    except ArithmeticError as error:
-        raise BadInput(f"the teacher cannot be used on {data.name}: {error}; its weights are damaged") from None
-    chance = float(data.validation.labels.bincount().max()) / len(data.validation)
-    if measured <= 1.2 * chance:
+def _sample(split: Split, count: int) -> Split:
+    """Images at even distances."""
+    if len(split) <= count:
+        return split
+    return split.subset((torch.arange(count) * len(split) // count).to(split.labels.device))
+
+
+def _telling_classes_apart(teacher: nn.Module, data: ImageData) -> Answers:
+    """The teacher's answers on the validation split; BadInput where it cannot have been trained on such data."""
+    measured = answers(teacher, data.validation, data.classes)
+    if measured.unusable:
         raise BadInput(
-            f"the teacher's validation accuracy on {data.name} is {measured:.1%}, no better than chance "
-            f"({chance:.1%}): set --mean, --std and --image-size to the preprocessing that it was trained with"
+            f"the teacher cannot be used on {data.name}: the logits of {measured.unusable} of {len(data.validation)} "
+            "images are not finite; its weights are damaged"
+        )
+    order = measured.order()
+    if order is not None:
+        names = [data.class_names[label] for label in order]
+        named = NATURAL if names == sorted(names, key=natural) else ",".join(names)
+        right = measured.reordered(order)
+        raise BadInput(
+            f"the teacher numbers the classes of {data.name} in another order: as they are it has "
+            f"{percent(measured.accuracy)}, in its own order {percent(right.accuracy)}; add --class-order {named}"
+        )
+    if not measured.is_above_chance:
+        raise BadInput(
+            f"the teacher does not tell the classes of {data.name} apart: its balanced accuracy on validation images, "
+            f"the mean over classes, is {percent(measured.balanced_accuracy)}, no better than chance "
+            f"({percent(measured.chance)}); "
+            "set --mean, --std and --image-size to the preprocessing that it was trained with"
         )
     return measured

@@ -11,6 +11,8 @@ from n2n_fast.training.data import Split
 
 CLEARLY = 0.2  # by how much another order of classes must be more accurate to be called the right one
 ABOVE_CHANCE = 1.2  # times
+ERRORS = 3.0  # standard errors above it
+UNEVEN = 1.5  # times as common as the mean of all classes
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,15 @@ class Answers:
         return right / self._of_class.double()
 
     @property
-    def balanced(self) -> float:
+    def balanced_accuracy(self) -> float:
         """Mean of the classes' recalls, in 0..1: what one class answered always gives 1 / classes."""
         return float(self.recalls.nanmean())
 
     @property
     def chance(self) -> float:
-        """The balanced accuracy of whoever always answers one class."""
-        return 1 / max(1, int((self._of_class > 0).sum()))
+        """The balanced accuracy of whoever always answers one class; 0 where there is but one."""
+        present = int((self._of_class > 0).sum())
+        return 1 / present if present > 1 else 0.0
 
     @property
     def majority(self) -> float:
@@ -54,8 +57,25 @@ class Answers:
 
     @property
     def is_above_chance(self) -> bool:
-        """Whether something of the classes is told apart."""
-        return self.balanced > ABOVE_CHANCE * self.chance
+        """Whether the classes are told apart, beyond what so few images show by chance."""
+        error = math.sqrt(self.chance * (1 - self.chance) / self.images)
+        least = min(self.chance + ERRORS * error, (1 + self.chance) / 2)
+        return self.balanced_accuracy > max(least, ABOVE_CHANCE * self.chance)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the accuracy, from so many images."""
+        return math.sqrt(max(self.accuracy * (1 - self.accuracy), 0.0) / self.images)
+
+    def __str__(self) -> str:
+        """The accuracy with its error; the balanced one where classes are uneven."""
+        text = f"{percent(self.accuracy)} ± {percent(self.standard_error)}"
+        return text if self.is_even else f"{text} (balanced: {percent(self.balanced_accuracy)})"
+
+    @property
+    def is_even(self) -> bool:
+        """Whether no class is much commoner than the others."""
+        return not self.chance or self.majority <= UNEVEN * self.chance
 
     @property
     def _of_class(self) -> Tensor:
@@ -75,15 +95,19 @@ class Answers:
         others = iter(sorted(set(range(outputs)) - set(chosen)))
         output_of = dict(zip(present, chosen, strict=True))
         complete = [output_of[label] if label in output_of else next(others) for label in range(classes)]
-        reordered = Answers(self.counts[:, complete], self.images)
-        if reordered.balanced < self.balanced + CLEARLY or not reordered.is_above_chance:
-            return None
-        return [complete.index(output) for output in range(outputs)]
+        order = [complete.index(output) for output in range(outputs)]
+        better = self.reordered(order)
+        gained = better.balanced_accuracy - self.balanced_accuracy
+        return order if gained >= CLEARLY and better.is_above_chance else None
+
+    def reordered(self, order: Sequence[int]) -> "Answers":
+        """The same answers if the classes were in the order that `order` gives."""
+        return Answers(self.counts[list(order)], self.images, self.unusable)
 
 
-def standard_error(accuracy: float, images: int) -> float:
-    """Of an accuracy in 0..1 measured on so many images."""
-    return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / images)
+def percent(share: float) -> str:
+    """As people write it."""
+    return f"{share:.2%}"
 
 
 @torch.no_grad()
@@ -104,8 +128,3 @@ def answers(model: nn.Module, split: Split, classes: int, batch_size: int = 512)
     model.train(training)
     assert counts is not None
     return Answers(counts, len(split), unusable)
-
-
-def named_order(order: Sequence[int], names: Sequence[str]) -> list[str]:
-    """The names of the classes in the order of the outputs."""
-    return [names[label] for label in order]

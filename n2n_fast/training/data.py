@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from n2n_fast.files.errors import BadInput
-from n2n_fast.training.splits import Part, Parts, complete, digest_of, in_two_parts, keys_of
+from n2n_fast.training.splits import CUT, Part, Parts, complete, digest_of, in_two_parts, keys_of
 
 NORMALISED = 16.0  # numbers that no normalised image exceeds
 
@@ -119,7 +119,8 @@ class ImageData:
     """A data set in its three parts; test is None where there is none.
 
     class_names: one a class. origins: where each part comes from, by its name. notes: lines on what was scaled, skipped
-    or found twice. digest: of the content of all parts.
+    or is there twice. digest: of the content of all parts. cut_from_train: the parts that were training images.
+    value_range: of the stored training images.
     """
 
     name: str
@@ -132,6 +133,8 @@ class ImageData:
     origins: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     digest: str = ""
+    cut_from_train: tuple[str, ...] = ()
+    value_range: tuple[float, float] | None = None
 
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data on another device."""
@@ -158,7 +161,7 @@ class ImageData:
             "image_size": list(train.image_size),
             "channels": train.channels,
             "dtype": _name(train.images.dtype),
-            "range": [float(train.images.min()), float(train.images.max())],
+            "range": list(self.value_range or (float(train.images.min()), float(train.images.max()))),
             "mean": train.mean.tolist(),
             "std": train.std.tolist(),
             "notes": list(self.notes),
@@ -246,6 +249,8 @@ def assemble(
         {part: value.origin for part, value in whole.named.items()},
         (*notes, *scaled, *in_two_parts(whole)),
         digest_of(keys),
+        tuple(part for part, value in whole.named.items() if value.origin.endswith(f" of {parts.train.origin}{CUT}")),
+        (float(splits["train"].images.min()), float(splits["train"].images.max())),
     )
 
 

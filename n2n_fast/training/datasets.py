@@ -105,7 +105,7 @@ def load(
     test: a folder or .npz file of that part, or a share or a number of the training images; see `from_tensors`.
     skip_bad: go on without images that cannot be read. Raises BadInput.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size and (image_size[0], image_size[1])
     further = {"validation": validation, "test": test}
     others = {part: Path(value).expanduser() for part, value in further.items() if isinstance(value, str | Path)}
     shares = {part: value for part, value in further.items() if isinstance(value, int | float)}

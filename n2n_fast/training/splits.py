@@ -18,6 +18,7 @@ from n2n_fast.files.errors import BadInput
 VALIDATION_SHARE = 0.1
 VALIDATION_LIMIT = 5000
 TEST_SHARE = 0.2  # of the training images, where there is no other part
+CUT = ", by content"  # ends the origin of a part that was cut from another
 SHOWN = 3  # names of images that are in two parts
 
 
@@ -95,7 +96,7 @@ def cut(part: Part, count: int, what: str) -> tuple[Part, Part]:
         raise BadInput(f"{part.origin}: all images are the same; none can be set apart for {what}")
     places = ((np.arange(wanted) + 0.5) * (len(distinct) / wanted)).astype(np.int64)
     chosen = np.isin(part.keys, distinct[order[places]])
-    return part.subset(~chosen, part.origin), part.subset(chosen, f"{what} of {part.origin}, by content")
+    return part.subset(~chosen, part.origin), part.subset(chosen, f"{what} of {part.origin}{CUT}")
 
 
 def complete(name: str, parts: Parts, validation: float | None, test: float | None) -> Parts:

@@ -1,6 +1,7 @@
 """Teachers in files of torch.save: out of their wrappers, in the architecture that is asked for or inferred."""
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from n2n_fast.files.errors import BadInput, first_line, raise_device_fault
-from n2n_fast.files.safe_load import WantsCode, read_tensors, read_trusted
+from n2n_fast.files.safe_load import WantsCode, parse_json, read_tensors, read_trusted
 from n2n_fast.networks.tracing import unwrapped
 from n2n_fast.training.architectures import differences, infer_architecture, options_for, shapes_of
-from n2n_fast.training.teachers import create
+from n2n_fast.training.teachers import create, digest
 
+MADE_BY = "n2n-fast teach"
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "teacher")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "net.")
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads that GoogLeNet and Inception use in training alone
@@ -34,6 +36,45 @@ def load_teacher(path: str | Path, arch: str | None = None, allow_pickle: bool =
         state = _state_dict_in(content, path)
         model = _from_factory(arch, state, path) if arch and ":" in arch else _from_name(arch, state, path)
     return model.float().eval()
+
+
+def companion(path: Path) -> Path:
+    """The file that says how a teacher's file was made: teacher.json for teacher.pt."""
+    return path.with_suffix(".json")
+
+
+def read_companion(path: Path) -> dict[str, Any] | None:
+    """What stands in the companion of a teacher's file; None where there is none that `n2n-fast teach` wrote."""
+    file = companion(path)
+    try:
+        content = parse_json(file.read_bytes()) if file.is_file() else None
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get("made_by") == MADE_BY else None
+
+
+def made_from(path: str | Path, model: nn.Module) -> dict[str, Any] | None:
+    """How the teacher in a file was made, by its companion, where that tells of these very weights; otherwise None.
+
+    model: as `load_teacher` gives it. "data" is as `ImageData.described` gives it: what the teacher has seen, and its
+    preprocessing.
+    """
+    made = read_companion(Path(path))
+    return made if made and made.get("weights") == digest(model) and _is_description(made.get("data")) else None
+
+
+def _is_description(data: Any) -> bool:
+    """Whether it has what can be relied on in a description of data."""
+    try:
+        sizes, numbers = (*data["image_size"], data["channels"]), (*data["mean"], *data["std"])
+        texts = (data["name"], data["digest"], *data["classes"])
+    except (KeyError, TypeError):
+        return False
+    return (
+        all(type(size) is int and size > 0 for size in sizes)
+        and all(type(number) in (int, float) and abs(number) < math.inf for number in numbers)
+        and all(isinstance(text, str) for text in texts)
+    )
 
 
 def _read(path: str | Path, allow_pickle: bool) -> Any:

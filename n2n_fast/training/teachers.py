@@ -1,6 +1,7 @@
 """Teachers: made anew by name, compared with the data, trained."""
 
 import difflib
+import hashlib
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from n2n_fast.files.errors import BadInput, first_line, raise_device_fault
 from n2n_fast.networks.tracing import logits_of
 from n2n_fast.training.batches import Batches
 from n2n_fast.training.data import ImageData
-from n2n_fast.training.distill import Diverged, Progress, seeded, train
+from n2n_fast.training.distill import Checkpointer, Diverged, Progress, seeded, train
 
 # torchvision is imported where it is needed: that takes as long as torch itself, and `--help` needs none of it
 
@@ -80,14 +81,14 @@ def create(
     arch: str,
     classes: int,
     channels: int = 3,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     cifar_stem: bool = False,
     seed: int = 0,
 ) -> nn.Module:
     """A network of random weights, settled by `seed`. arch: a key of SMALL_RESNETS, or torchvision's name.
 
     cifar_stem: for torchvision's ResNets, a 3x3 first convolution of stride 1 and no max-pooling, for small images.
-    image_size: pixels of square images that it must be able to take. Raises BadInput.
+    image_size: pixels of images that it must be able to take, of a square or (height, width). Raises BadInput.
     """
     with seeded(seed, torch.device("cpu")):
         if arch not in SMALL_RESNETS:
@@ -97,7 +98,8 @@ def create(
         else:
             model = SmallResNet(SMALL_RESNETS[arch], classes, channels)
     if image_size is not None:
-        _try_forward(model, torch.zeros(2, channels, image_size, image_size), arch)
+        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+        _try_forward(model, torch.zeros(2, channels, *sides), arch)
     return model
 
 
@@ -132,6 +134,16 @@ def _replace_first_conv(model: nn.Module, channels: int, cifar_stem: bool) -> No
 def input_channels(model: nn.Module) -> int | None:
     """Channels of the images that `model` takes, by its first convolution; None where it has none."""
     return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+
+
+def digest(model: nn.Module) -> str:
+    """A short hash of a network's tensors in float32, which tells one network from another."""
+    content = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        content.update(name.encode())
+        values = tensor.float() if tensor.is_floating_point() else tensor
+        content.update(values.detach().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()[:16]
 
 
 def check_teacher(model: nn.Module, data: ImageData) -> None:
@@ -186,11 +198,13 @@ def train_teacher(
     learning_rate: float = 0.1,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpointer: Checkpointer | None = None,
 ) -> nn.Module:
     """Train `model` in place on `data.train`, on the data's device, as `distill.train` does; return it in eval mode.
 
     Keeps the last step's weights. Validation and test images are not touched. On a CPU the same seed gives the same
-    weights. Raises BadInput where the loss ceases to be finite.
+    weights, and so it does where a `checkpointer` lets the training go on. Raises BadInput, caused by Diverged, where
+    the loss ceases to be finite.
     """
     if len(data.train) < 2:
         raise BadInput(f"{data.name}: 1 training image; batch normalisation needs at least 2")
@@ -200,6 +214,12 @@ def train_teacher(
         progress.phase("training the teacher", len(batches))
     with seeded(seed, device):
         try:
-            return train(model.to(device), batches, learning_rate=learning_rate, progress=progress)
+            return train(
+                model.to(device),
+                batches,
+                learning_rate=learning_rate,
+                progress=progress,
+                checkpointer=checkpointer,
+            )
         except Diverged as error:
-            raise BadInput(f"the training diverged: {error} of {len(batches)}; lower the learning rate") from None
+            raise BadInput(f"the training diverged: {error} of {len(batches)}; lower the learning rate") from error

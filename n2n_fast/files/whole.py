@@ -1,0 +1,56 @@
+"""Files written whole: whatever happens, a file is as it was before or as it should be."""
+
+import contextlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from n2n_fast.files.states import on_cpu
+
+
+def aside(path: Path) -> Path:
+    """Where a file's new content is written first."""
+    return path.with_name(f".{path.name}.new")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file by `content`, which is on the disk by then. An OSError names the file and leaves it as it was."""
+    new = aside(path)
+    try:
+        with new.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+        _sync_directory(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk names none
+        raise
+
+
+def _sync_directory(path: Path) -> None:
+    """Let a file's new name outlive a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a file by JSON."""
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_tensors(path: Path, content: Any) -> None:
+    """Replace a file by what torch.save makes of tensors, of any device, and plain values."""
+    file = io.BytesIO()
+    torch.save(on_cpu(content), file)
+    write_whole(path, file.getvalue())
