@@ -269,7 +269,7 @@ CASES = [(command, name) for command, of_command in VALUES_OF_ONE.items() for na
 def test_a_wrong_value_of_an_option_is_one_line(command, name, tiny_run, place):
     extra = {"evaluate": [tiny_run], "export": [tiny_run, "--to=pt2"], "teach": ["--arch=digits_resnet", "--quiet"]}
     extra |= {"inspect": ["--arch=digits_resnet", "--image-size=8"]}
-    extra |= dict.fromkeys(("--gpus-per-worker", "--ray-address"), ["--workers=2"])
+    extra |= {"--gpus-per-worker": ["--workers=2"], "--ray-address": ["--workers=2"]}
     for value in VALUES_OF_ONE[command][name]:
         before = [] if name == "" else [*extra.get(command, []), *extra.get(name, [])]
         refusal(command, *before, f"{name}={value}" if name else value)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from command_line import invoke, output, refusal
-from n2n_fast.cli import main, teach
+from n2n_fast.cli import teach
 from n2n_fast.cli.progress import Bar
 from n2n_fast.search import checkpoint
 from n2n_fast.training import distill
@@ -128,7 +128,7 @@ REFUSED = {
     "--device meta": "--device",
     "--mean nan": "mean",
     "--std 0": "std",
-    "--out=": "is a directory",
+    "--out=": "an empty path",
     "--out .": "is a directory",
     "--out none/t.pt": "its directory does not exist",
     "--out t.json": "such as teacher.pt",
@@ -233,10 +233,10 @@ def test_going_on_with_other_settings_is_refused(options, expected, cut_off, pla
 
 
 def test_going_on_with_other_data_is_refused(cut_off, place, monkeypatch):
-    def other(spec, plain=main.load, **how):
-        return replace(plain(spec, **how), digest="another")
+    def other(spec, **how):
+        return replace(load(spec, **how), digest="another")
 
-    monkeypatch.setattr(main, "load", other)
+    monkeypatch.setattr("n2n_fast.cli.data.load", other)
     assert "data ('" in refusal(*QUICK, "--out", TEACHER, "--resume")
     assert contents(place) == cut_off
 

@@ -16,6 +16,7 @@ from typing import Any
 from n2n_fast.cli.tables import Rows, percent, result_rows, result_table
 from n2n_fast.files.errors import BadInput, first_line
 from n2n_fast.files.safe_load import parse_json
+from n2n_fast.files.whole import write_whole
 
 Line = dict[str, Any]  # of history.jsonl
 Axes = Any  # matplotlib's; it is imported only where something is drawn
@@ -139,8 +140,8 @@ def write_report(path: Path) -> list[Path]:
         raise BadInput("report needs matplotlib: pip install 'n2n_fast[plot]'")
     drawn = _picture(run)
     png, page = path / "report.png", path / "report.html"
-    png.write_bytes(drawn)
-    page.write_text(_page(run, drawn), encoding="utf-8")
+    for file, content in ((png, drawn), (page, _page(run, drawn).encode(errors="replace"))):
+        write_whole(file, content)
     return [png, page]
 
 
