@@ -68,8 +68,8 @@ def _loaded(content: bytes) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            student: Any = torch.export.load(io.BytesIO(content)).module()
-            student.eval = types.MethodType(lambda self: self, student)  # which torch refuses; it is in eval mode
+            student: nn.Module = torch.export.load(io.BytesIO(content)).module()
+            student.eval = types.MethodType(lambda self: self, student)  # type: ignore[method-assign] # torch refuses it
     finally:
         log.setLevel(before)
     for name, value in student.state_dict().items():
