@@ -55,7 +55,7 @@ def test_students_are_written_from_the_cpu(finish):
     assert {tensor.device for tensor in tensors_of(found.student)} == {ELSEWHERE}
     state = torch.load(found.out / "student.pt", weights_only=True)
     assert {tensor.device.type for tensor in state.values()} == {"cpu"}
-    loaded = result.load_student(found.out)
+    loaded = result.load_student(found.out).eval()
     assert {tensor.device.type for tensor in tensors_of(loaded)} == {"cpu"}
     assert loaded(torch.zeros(3, 1, 8, 8)).shape == (3, 4)
     assert loaded.to(ELSEWHERE)(torch.zeros(3, 1, 8, 8, device=ELSEWHERE)).device == ELSEWHERE

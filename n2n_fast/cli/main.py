@@ -223,6 +223,7 @@ def _workers(options: dict[str, Any]) -> Workers | None:
 def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, ImageData, str | None]:
     """The teacher, trained first where there is no file of it, its data, and the digest of those it was trained on."""
     file, data = options["teacher"], options["data"]
+    trained_on: str | None = None
     if file is None and data != DIGITS:
         raise BadInput(f"--data {data} needs a teacher trained on it: give --teacher FILE, made by n2n-fast teach")
     if file is None:
@@ -237,7 +238,8 @@ def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, Im
         seen = made["data"] if made else {}
         for name in ("image_size", "mean", "std"):  # as it was trained, if that is known
             options[name] = options[name] or seen.get(name)
-        images, trained_on = _read(options, teachers.input_channels(model)), seen.get("digest")
+        images = _read(options, teachers.input_channels(model))
+        trained_on = seen.get("digest")
     return model, images, trained_on
 
 
