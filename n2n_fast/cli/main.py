@@ -231,7 +231,7 @@ def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, Im
         model = teachers.create("digits_resnet", images.classes, 1, seed=seed)
         with Bar(options["quiet"]) as bar:
             trained(model, images, bar, epochs=DIGITS_TEACHER_EPOCHS, seed=seed)
-        trained_on: str | None = images.digest
+        trained_on = images.digest
     else:
         model = teacher_files.load_teacher(file, options["arch"], allow_pickle=options["allow_pickle"])
         made = teacher_files.made_from(file, model)
