@@ -45,21 +45,19 @@ def compress(
 ) -> Result:
     """Search for the student of best reward, train it fully and write the run directory `out`.
 
-    teacher: a trained classifier of images (N, C, H, W), whose wrappers such as DataParallel are taken off; `data` on
-    its device. The test split is read once, at the end. On a CPU the same seed gives the same result, unless latencies
+    teacher: a trained classifier of images (N, C, H, W), its wrappers such as DataParallel taken off; `data` on its
+    device. The test split is read once, at the end. On a CPU the same seed gives the same result, unless latencies
     count. out: does not exist yet, or is empty. resume: go on with the run in `out`, to the very same end. policies:
-    file with the policies of another run to start from, its policies.pt. command: what config.json shall note of how
-    this was called. workers: evaluate students in Ray workers, whose number does not change the result on CPUs. Raises
-    TypeError for arguments of other types, BadInput where teacher, data or `out` cannot be used, DeviceFault, which is
-    one, where the device fails or its memory runs out, and Interrupted where `progress` says to stop; what is done is
-    kept.
+    another run's policies.pt to start from. command: what config.json shall note of how this was called. workers:
+    evaluate students in Ray workers, whose number does not change the result on CPUs. training: trains a student in
+    place for so many epochs, a fraction for a rollout; instead of distillation. Where a run goes on, such a training
+    begins again. reward: of a validation accuracy and a `Cost`; instead of C (2 - C) · A / A_teacher. Limits apply to
+    either. trained_on: `data.digest`, where the teacher is known to have seen none of the validation and test images;
+    otherwise the run says what it may have seen.
 
-    training: trains a student in place for so many epochs, a fraction for a rollout; instead of distillation. Where a
-    run goes on, such a training begins again. reward: of a validation accuracy and a `Cost`; instead of
-    C (2 - C) · A / A_teacher. Limits apply to either.
-
-    trained_on: `data.digest`, where the teacher is known to have seen none of the validation and test images; otherwise
-    the run says what it may have seen.
+    Raises TypeError for arguments of other types, BadInput where teacher, data or `out` cannot be used, DeviceFault,
+    which is one, where the device fails or its memory runs out, and Interrupted where `progress` says to stop; what is
+    done is kept.
     """
     _check_types(teacher, data, config, out, progress, policies, workers)
     teacher, config, progress = unwrapped(teacher), config or SearchConfig(), progress or SearchProgress()
