@@ -89,7 +89,7 @@ class SearchConfig:
     max_latency: float | None = setting(None, "The student takes no longer on this device, in ms.", POSITIVE)
     latency_batch: int = setting(1, "Images in a batch whose latency is measured.", FEW)
     min_accuracy: float | None = setting(None, "The student reaches this validation accuracy.", SHARE)
-    max_drop: float | None = setting(None, "The student loses at most this many points of accuracy.", AMOUNT)
+    max_drop: float | None = setting(None, "The student loses at most this many points of validation accuracy.", AMOUNT)
     penalty: float | None = setting(
         20.0, "Times the share by which a limit is missed: how far the reward falls to -1; none: all the way.", AMOUNT
     )

@@ -53,20 +53,16 @@ def compress(
     place for so many epochs, a fraction for a rollout; instead of distillation. Where a run goes on, such a training
     begins again. reward: of a validation accuracy and a `Cost`; instead of C (2 - C) · A / A_teacher. Limits apply to
     either. trained_on: `data.digest`, where the teacher is known to have seen none of the validation and test images;
-    otherwise the run says what it may have seen.
-
-    Raises TypeError for arguments of other types, BadInput where teacher, data or `out` cannot be used, DeviceFault,
-    which is one, where the device fails or its memory runs out, and Interrupted where `progress` says to stop; what is
-    done is kept.
+    otherwise the run says what it may have seen. Raises TypeError; BadInput where teacher, data or `out` cannot be
+    used; DeviceFault, which is one; and Interrupted where `progress` says to stop. What is done is kept.
     """
     _check_types(teacher, data, config, out, progress, policies, workers)
     teacher, config, progress = unwrapped(teacher), config or SearchConfig(), progress or SearchProgress()
     with telling_device_faults(), contextlib.closing(RayExecutor(workers) if workers else Executor()) as executor:
         trained = {} if policies is None else read_policies(Path(policies))
-        settings = _settings(teacher, data, config, command)
-        with RunDirectory(Path(out), settings, resume, progress.stopping) as directory:
+        with RunDirectory(Path(out), _settings(teacher, data, config, command), resume, progress.stopping) as directory:
             reference = Reference.of(teacher, data, config, trained_on)
-            for line in (*(f"warning: {warning}" for warning in reference.space.warnings), *reference.summary):
+            for line in reference.summary:
                 progress.message(line)
             directory.begin()
             shared = config, data, reference, reference.limits(config), directory, progress, executor

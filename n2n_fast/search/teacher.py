@@ -72,7 +72,8 @@ class Reference:
     def summary(self) -> list[str]:
         """What it is, a line each; what it may have seen."""
         timed = "" if self.cost.latency is None else f", {self.cost.latency:.2f} ms"
-        lines = [f"teacher: {self.cost.params:,} params{timed}, validation accuracy {self.answers}"]
+        lines = [f"warning: {warning}" for warning in self.space.warnings]
+        lines.append(f"teacher: {self.cost.params:,} params{timed}, validation accuracy {self.answers}")
         if self.remembered is not None:
             lines.append(
                 f"warning: the teacher may have been trained on the {' and '.join(self.doubts)} images, which were cut "

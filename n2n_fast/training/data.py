@@ -225,13 +225,7 @@ def assemble(
 ) -> ImageData:
     """The data set of parts as they were read; as `from_tensors`."""
     checked = {part: _checked(f"{name}, {part}", value) for part, value in parts.named.items()}
-    shapes = {part: tuple(value.images.shape[1:]) for part, value in checked.items()}
-    for part, shape in shapes.items():
-        if shape != shapes["train"]:
-            raise BadInput(
-                f"{name}: train images are {shapes['train']} but {shape} in {part} (channels, height, width);"
-                " make them equal"
-            )
+    _check_alike(name, checked)
     classes = _check_classes(name, [value.labels for value in checked.values()], classes)
     checked, scaled = _scaled(name, checked)
     moments = _moments(name, checked["train"].images, mean, std, channels)
@@ -252,6 +246,17 @@ def assemble(
         tuple(part for part, value in whole.named.items() if value.origin.endswith(f" of {parts.train.origin}{CUT}")),
         (float(splits["train"].images.min()), float(splits["train"].images.max())),
     )
+
+
+def _check_alike(name: str, parts: dict[str, Part]) -> None:
+    """Raise BadInput where the parts' images are not of one shape and type."""
+    kinds = {part: (*value.images.shape[1:], _name(value.images.dtype)) for part, value in parts.items()}
+    for part, kind in kinds.items():
+        if kind != kinds["train"]:
+            raise BadInput(
+                f"{name}: train images are {kinds['train'][:3]} but {kind[:3]} in {part} (channels, height, width), of"
+                f" {kinds['train'][3]} and {kind[3]}; make them equal"
+            )
 
 
 def _checked(name: str, part: Part) -> Part:

@@ -75,10 +75,17 @@ class _Source:
     downloadable: bool = False
     grey_mean_std: tuple[float, float] | None = field(default=None)
 
-    def augmentation(self, size: int) -> Augmentation | None:
-        if not self.crop and not self.flip:
+    def moments(self, stored: int, channels: int | None) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+        """The published mean and deviation, for so many channels stored and, or None, asked for."""
+        if self.grey_mean_std is not None and stored == 1 and channels != 3:
+            return self.grey_mean_std[:1], self.grey_mean_std[1:]
+        return self.mean, self.std
+
+    def augmentation(self, images: Tensor) -> Augmentation | None:
+        """That of images (N, C, H, W), by their short side."""
+        if images.ndim != 4 or not (self.crop or self.flip):
             return None
-        return Augmentation(max(1, round(self.crop * size)) if self.crop else 0, self.flip)
+        return Augmentation(max(1, round(self.crop * min(images.shape[2:]))) if self.crop else 0, self.flip)
 
 
 def load(
@@ -96,51 +103,38 @@ def load(
     skip_bad: bool = False,
     device: torch.device | str = "cpu",
 ) -> ImageData:
-    """Read `digits`, `cifar10:DIR`, `cifar100:DIR`, `svhn:DIR`, `fashion-mnist:DIR`, `imagefolder:DIR` or `npz:FILE`.
+    """Read digits, cifar10:DIR, cifar100:DIR, svhn:DIR, fashion-mnist:DIR, imagefolder:DIR or npz:FILE; or BadInput.
 
-    image_size: pixels that images are resized to, (height, width) or of a square: scaled to cover it, then cropped at
-    the centre. channels: of a batch; grey images can be asked for as 3. classes: where the labels do not show their
-    number. class_order: the names of the classes in the order of the teacher's outputs, or "natural", in which 2 comes
-    before 10. mean, std: of pixels in 0..1, one or one for each channel, in place of the published ones. validation,
-    test: a folder or .npz file of that part, or a share or a number of the training images; see `from_tensors`.
-    skip_bad: go on without images that cannot be read. Raises BadInput.
+    image_size: pixels, (height, width) or of a square, that images cover and are cropped to. channels: of a batch; grey
+    images can be 3. classes: where labels do not show their number. class_order: names in the order of the teacher's
+    outputs, or "natural": 2 before 10. mean, std: of pixels in 0..1, one or one a channel. validation, test: a folder
+    or .npz file, or a share or number of the training images (`from_tensors`). skip_bad: go on without broken images.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size and (image_size[0], image_size[1])
     further = {"validation": validation, "test": test}
     others = {part: Path(value).expanduser() for part, value in further.items() if isinstance(value, str | Path)}
-    shares = {part: value for part, value in further.items() if isinstance(value, int | float)}
-    source, request = _parse(spec, size, channels, download, skip_bad, others)
+    shares = {part: None if part in others else value for part, value in further.items()}
+    source, request = _parse(spec, image_size, channels, download, skip_bad, others)
     content = source.read(request)
     parts = {part: _resized(request, value) for part, value in content.parts.named.items()}
     names, parts = _ordered(spec, content.class_names, parts, class_order)
     images = parts["train"].images
-    published_mean, published_std = source.mean, source.std
-    if source.grey_mean_std is not None and images.shape[1] == 1 and channels != 3:
-        published_mean, published_std = ((value,) for value in source.grey_mean_std)
-    return assemble(
-        spec,
-        Parts(**parts),
-        classes=classes or len(names) or None,
-        class_names=names,
-        mean=mean or published_mean,
-        std=std or published_std,
-        channels=channels,
-        augmentation=source.augmentation(min(images.shape[2:])) if images.ndim == 4 else None,
-        notes=content.notes,
-        validation=shares.get("validation"),
-        test=shares.get("test"),
-    ).to(device)
+    published = source.moments(images.shape[1], channels)
+    more: dict[str, Any] = {"class_names": names, "notes": content.notes, **shares}
+    more |= {"mean": mean or published[0], "std": std or published[1], "channels": channels}
+    more |= {"classes": classes or len(names) or None, "augmentation": source.augmentation(images)}
+    return assemble(spec, Parts(**parts), **more).to(device)
 
 
 def _parse(
     spec: str,
-    size: tuple[int, int] | None,
+    image_size: int | tuple[int, int] | None,
     channels: int | None,
     download: bool,
     skip_bad: bool,
     others: dict[str, Path],
 ) -> tuple[_Source, _Request]:
     """Settle what `spec` asks for."""
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size and (image_size[0], image_size[1])
     name, _, where = spec.partition(":")
     source = _SOURCES.get(name)
     known = ", ".join(f"{kind}:{entry.path}" if entry.path else kind for kind, entry in _SOURCES.items())
