@@ -76,7 +76,7 @@ def test_variants_come_to_the_accuracy_of_a_search(students):
     wanted = [evaluator.evaluate(students.architecture(evaluator.space, seed), seed).short_accuracy for seed in SEEDS]
     assert None not in wanted
     for name, how in students.VARIANTS.items():
-        if name != "no steps":
+        if not name.startswith("no steps"):
             assert [students.rollout(evaluator, seed, **how) for seed in SEEDS] == wanted, name
 
 

@@ -69,8 +69,11 @@ def test_json_quiet_and_a_run_repeated_by_its_config(taught, place):
     assert [run.pop("command")["out"] for run in (first, second)] == [str(place / n) for n in ("first", "second")]
     assert first == second
     assert (place / "first" / "student.pt").read_bytes() == (place / "second" / "student.pt").read_bytes()
-    expected = {"split": "test", "images": 359, "data": "digits", "accuracy": printed["student"]["test_accuracy"]}
-    assert json.loads(output("evaluate", "second", "--json")) == expected
+    evaluated = json.loads(output("evaluate", "second", "--json"))
+    assert (evaluated["split"], evaluated["images"], evaluated["data"]["name"]) == ("test", 359, "digits")
+    for figure in ("accuracy", "standard_error", "balanced_accuracy"):
+        assert evaluated[figure] == printed["student"][f"test_{figure}"]
+    assert evaluated["data"]["digest"] == printed["data"]["digest"]
 
 
 def test_unmet_limits_end_with_3(taught, place):
