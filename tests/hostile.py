@@ -409,17 +409,31 @@ def _constants(good: bytes, top: str, marker: Path) -> Files:
     return made
 
 
-def configurations() -> Cases:
-    """What to change in the data of a run's config.json."""
-    for name, values in {
-        "name": (3, None, ["digits"], "nothing", "npz:/dev/null"),
-        "image_size": ("8", None, 0, -8, 10**9, 2.5, True, [8]),
+def configurations(good: dict[str, Any]) -> Cases:
+    """good: the config.json of a run of the digits."""
+    of_command: dict[str, tuple[Any, ...]] = {
+        "data": (3, None, ["digits"], "nothing", "npz:/dev/null"),
+        "validation": ([0.1], "nowhere", -3, 1e300, True),
+        "test": ("nowhere", {}, float("nan"), 0),
+        "class_order": (3, "a,b", [], ""),
+        "skip_bad": ("yes", 3),
+    }
+    for name, values in of_command.items():
+        for value in values:
+            yield f"command {name} {str(value)[:20]}", {**good, "command": {**good["command"], name: value}}
+    for value in (3, None, [], "text", {}):
+        yield f"command {value!s}", {**good, "command": value, "data_read": value}
+    of_data: dict[str, tuple[Any, ...]] = {
+        "image_size": ("8", None, 8, [8], [0, 8], [-8, 8], [10**9, 8], [2.5, 8], [True, 8], [8, 8, 8]),
         "channels": ("1", None, 0, -1, 10**9),
         "mean": (3, None, "a", ["a"], [[0.1]], [0.1, 0.2], [], {"a": 1}),
         "std": ([0.0], [-1.0], [float("nan")], [float("inf")], [10**400]),
-    }.items():
+        "range": (None, 3, [1], ["a", "b"]),
+        "digest": (None, 3),
+    }
+    for name, values in of_data.items():
         for value in values:
-            yield f"{name} {str(value)[:20]}", {name: value}
+            yield f"{name} {str(value)[:20]}", {**good, "data": {**good["data"], name: value}}
 
 
 # Runs that were cut off

@@ -14,7 +14,12 @@ from n2n_fast.training.answers import answers
 from n2n_fast.training.data import ImageData
 
 HOW = ("image_size", "channels", "mean", "std")
-WHICH = ("validation", "test", "class_order", "skip_bad")  # options of `run` that say which images are in which part
+WHICH: dict[str, tuple[type, ...]] = {  # options of `run` that say which images are in which part, and their types
+    "validation": (float, str),
+    "test": (float, str),
+    "class_order": (str,),
+    "skip_bad": (bool,),
+}
 
 
 def student_accuracy(run: Path, data: str | None, download: bool, device: torch.device) -> dict[str, Any]:
@@ -52,9 +57,11 @@ def _data_settings(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         sizes, numbers = (*noted["image_size"], how["channels"]), (*how["mean"], *how["std"], *own["range"])
         if not isinstance(noted["data"], str) or not all(type(size) is int for size in sizes):
             raise TypeError
-        if len(noted["image_size"]) != 2 or not isinstance(own["digest"], str) or not isinstance(own["dtype"], str):
+        if len(noted["image_size"]) != 2 or len(own["range"]) != 2:
             raise TypeError
-        if not all(isinstance(noted[key], str | float | bool | None) for key in WHICH):
+        if not isinstance(own["digest"], str) or not isinstance(own["dtype"], str):
+            raise TypeError
+        if not all(noted[key] is None or type(noted[key]) in types for key, types in WHICH.items()):
             raise TypeError
         if not (how["mean"] and how["std"] and all(type(n) in (int, float) and abs(n) < 1e9 for n in numbers)):
             raise TypeError
