@@ -24,11 +24,7 @@ QUICK = ("--updates", "1", "--rollouts", "2", "--epochs", "0.2", "--final-epochs
 QUICK += ("--anchors", "3", "--anchor-epochs", "0.2", "--stage-epochs", "0.2", "--keep-top", "1")
 
 
-@pytest.fixture(autouse=True)
-def place(monkeypatch, tmp_path):
-    """Every command runs in an empty directory."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("place")
 
 
 @pytest.fixture(scope="module")

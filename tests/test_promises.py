@@ -43,10 +43,7 @@ def inputs(tmp_path_factory):
     return ("--teacher", place / "teacher.pt", "--data", f"npz:{place / 'set.npz'}", *QUICK)
 
 
-@pytest.fixture(autouse=True)
-def place(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def command(*words):

@@ -28,11 +28,7 @@ KEPT, TEACHER, COMPANION = "t.pt.training", "t.pt", "t.json"
 OURS = b'{"made_by": "n2n-fast teach"}'
 
 
-@pytest.fixture(autouse=True)
-def place(monkeypatch, tmp_path):
-    """Every command runs in an empty directory."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("place")
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,7 @@ QUICK = [part for name in ("updates=1", "rollouts=2", "anchors=0", "stage_epochs
                            "stages=shrinkage") for part in ("--set", name)]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def place(monkeypatch, tmp_path):
-    """Every command runs in an empty directory."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def pixels(label, size=(8, 8)):

@@ -321,7 +321,8 @@ def _page(run: Run, drawn: bytes) -> str:
         body.append("<p>This run is not finished yet.</p>")
     else:
         body += ["<h2>Teacher and student</h2>", _html_table(result_rows(run.table))]
-        body.append(f"<pre>{html.escape(chr(10).join(data_lines(run.table['data'])))}</pre>")
+        data = "\n".join(data_lines(run.table["data"]))
+        body.append(f"<pre>{html.escape(data)}</pre>")
     source = base64.b64encode(drawn).decode()
     body.append(f'<img alt="rewards, accuracies and layers of the run" src="data:image/png;base64,{source}">')
     for by, points in (run.front or {}).items():

@@ -14,7 +14,7 @@ from torch import nn
 from n2n_fast.cli.progress import Bar
 from n2n_fast.files.errors import BadInput, DeviceFault, telling_device_faults
 from n2n_fast.files.safe_load import understood
-from n2n_fast.files.whole import write_json, write_tensors, write_whole
+from n2n_fast.files.whole import try_writing, write_json, write_tensors
 from n2n_fast.search.checkpoint import TrainingCheckpointer, check_same, read_state
 from n2n_fast.training import teachers
 from n2n_fast.training.architectures import OnMeta
@@ -85,10 +85,8 @@ def _check_place(out: Path, kept: Path, resume: bool) -> None:
         raise BadInput(f"{kept}: a training that was cut off; go on with --resume, remove it or give another --out")
     if resume and not kept.is_file():
         raise BadInput(f"{kept}: no training to go on with; leave out --resume")
-    probe = out.with_name(f".{kept.name}.probe")
     try:
-        write_whole(probe, b"whether there is room")
-        probe.unlink()
+        try_writing(out.parent)
     except OSError as error:
         raise BadInput(f"{out}: cannot be written ({error.strerror}); give another --out") from None
 

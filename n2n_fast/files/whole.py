@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ def write_whole(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             error.filename = str(path)  # a full disk names none
         raise
+
+
+def try_writing(directory: Path) -> None:
+    """Raise OSError where nothing can be written in a directory, or its disk is full."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        file.write(bytes(1 << 16))
+        os.fsync(file.fileno())
 
 
 def _sync_directory(path: Path) -> None:

@@ -7,7 +7,6 @@ and the work behind that, at most one update or one training, is done again.
 import contextlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import IO, Any
 
 from n2n_fast.files.errors import BadInput
 from n2n_fast.files.safe_load import parse_json, read_tensors, understood
-from n2n_fast.files.whole import aside, write_json, write_tensors, write_whole
+from n2n_fast.files.whole import aside, try_writing, write_json, write_tensors, write_whole
 
 CHECKPOINT, HISTORY, TRAINING, SETTINGS = "checkpoint.pt", "history.jsonl", "training.pt", "config.json"
 LOCK = ".lock"
@@ -174,9 +173,7 @@ def reserved(path: Path, resume: bool = False) -> Iterator[None]:
             lock = stack.enter_context((path / LOCK).open("a"))
             if not _lock(lock):
                 raise BadInput(f"{path}: another process works on this run; wait for it or give another --out")
-            with tempfile.TemporaryFile(dir=path) as file:  # tells of a full disk
-                file.write(bytes(1 << 16))
-                os.fsync(file.fileno())
+            try_writing(path)
         except OSError as error:
             raise BadInput(f"{path}: cannot be written ({error.strerror}); give another --out") from None
         yield

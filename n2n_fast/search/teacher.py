@@ -13,7 +13,7 @@ from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.networks.tracing import run
 from n2n_fast.search.config import SearchConfig
 from n2n_fast.search.reward import Constraints, Cost
-from n2n_fast.training.answers import Answers, answers, percent
+from n2n_fast.training.answers import Answers, answers
 from n2n_fast.training.batches import TeacherLogits
 from n2n_fast.training.data import ImageData, Split
 from n2n_fast.training.datasets import NATURAL, natural
@@ -77,8 +77,8 @@ class Reference:
         if self.remembered is not None:
             lines.append(
                 f"warning: the teacher may have been trained on the {' and '.join(self.doubts)} images, which were cut "
-                f"from the training images: it has {percent(self.accuracy)} there and "
-                f"{percent(self.remembered.accuracy)} on training images; if it was, give --validation and --test "
+                f"from the training images: it has {self.accuracy:.2%} there and "
+                f"{self.remembered.accuracy:.2%} on training images; if it was, give --validation and --test "
                 "with images that it has not seen"
             )
         return lines
@@ -151,13 +151,13 @@ def _telling_classes_apart(teacher: nn.Module, data: ImageData) -> Answers:
         right = measured.reordered(order)
         raise BadInput(
             f"the teacher numbers the classes of {data.name} in another order: as they are it has "
-            f"{percent(measured.accuracy)}, in its own order {percent(right.accuracy)}; add --class-order {named}"
+            f"{measured.accuracy:.2%}, in its own order {right.accuracy:.2%}; add --class-order {named}"
         )
     if not measured.is_above_chance:
         raise BadInput(
             f"the teacher does not tell the classes of {data.name} apart: its balanced accuracy on validation images, "
-            f"the mean over classes, is {percent(measured.balanced_accuracy)}, no better than chance "
-            f"({percent(measured.chance)}); "
+            f"the mean over classes, is {measured.balanced_accuracy:.2%}, no better than chance "
+            f"({measured.chance:.2%}); "
             "set --mean, --std and --image-size to the preprocessing that it was trained with"
         )
     return measured

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from n2n_fast.training.data import Split
+from n2n_fast.training.data import Split, logits_of_batches
 
 CLEARLY = 0.2  # by how much another order of classes must be more accurate to be called the right one
 ABOVE_CHANCE = 1.2  # times
@@ -69,8 +69,8 @@ class Answers:
 
     def __str__(self) -> str:
         """The accuracy with its error; the balanced one where classes are uneven."""
-        text = f"{percent(self.accuracy)} ± {percent(self.standard_error)}"
-        return text if self.is_even else f"{text} (balanced: {percent(self.balanced_accuracy)})"
+        text = f"{self.accuracy:.2%} ± {self.standard_error:.2%}"
+        return text if self.is_even else f"{text} (balanced: {self.balanced_accuracy:.2%})"
 
     @property
     def is_even(self) -> bool:
@@ -105,26 +105,17 @@ class Answers:
         return Answers(self.counts[list(order)], self.images, self.unusable)
 
 
-def percent(share: float) -> str:
-    """As people write it."""
-    return f"{share:.2%}"
-
-
 @torch.no_grad()
 def answers(model: nn.Module, split: Split, classes: int, batch_size: int = 512) -> Answers:
     """The answers of a model, in eval mode, on a split; the model's mode is put back."""
-    training = model.training
-    model.eval()
     counts: Tensor | None = None
     unusable = 0
-    for images, labels in split.batches(batch_size):
-        logits = model(images.contiguous(memory_format=torch.channels_last))
+    for logits, labels in logits_of_batches(model, split, batch_size):
         finite = logits.isfinite().all(1)
         unusable += int((~finite).sum())
         outputs = max(classes, logits.shape[1])
         places = labels[finite] * outputs + logits[finite].argmax(1)
         found = torch.bincount(places, minlength=classes * outputs).view(classes, outputs).cpu()
         counts = found if counts is None else counts + found
-    model.train(training)
     assert counts is not None
     return Answers(counts, len(split), unusable)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from n2n_fast.files.errors import BadInput, described
 from n2n_fast.files.safe_load import FREE_BYTES
-from n2n_fast.training.splits import Part, Parts, keys_of
+from n2n_fast.training.splits import Part, Parts
 
 MOST_UNPACKED = 200  # times the length of an .npz file: images do not compress like that
 PART_NAMES = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
@@ -108,8 +108,7 @@ def _part(path: Path, images_name: str, labels_name: str, arrays: dict[str, Any]
         raise BadInput(f"{path}: label {labels.max()} is out of range; number the classes from 0")
     if labels.dtype.kind in "iu":
         labels = labels.astype(np.int64)
-    pixels = _tensor(path, images_name, images)
-    return Part(pixels, _tensor(path, labels_name, labels), images_name, keys_of(pixels))
+    return Part(_tensor(path, images_name, images), _tensor(path, labels_name, labels), images_name)
 
 
 def _in_8_bits(path: Path, name: str, images: Any, notes: list[str]) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from n2n_fast.files.errors import BadInput
-from n2n_fast.training.splits import CUT, Part, Parts, complete, digest_of, in_two_parts, keys_of
+from n2n_fast.training.splits import Part, Parts, complete, digest_of, in_two_parts, keys_of
 
 NORMALISED = 16.0  # numbers that no normalised image exceeds
 
@@ -231,7 +231,6 @@ def assemble(
     moments = _moments(name, checked["train"].images, mean, std, channels)
     whole = complete(name, Parts(**checked), validation, test)
     splits = {part: Split(value.images, value.labels, *moments) for part, value in whole.named.items()}
-    keys = {part: (value.keys, value.labels) for part, value in whole.named.items() if value.keys is not None}
     return ImageData(
         name,
         splits["train"],
@@ -242,8 +241,8 @@ def assemble(
         tuple(class_names) or tuple(map(str, range(classes))),
         {part: value.origin for part, value in whole.named.items()},
         (*notes, *scaled, *in_two_parts(whole)),
-        digest_of(keys),
-        tuple(part for part, value in whole.named.items() if value.origin.endswith(f" of {parts.train.origin}{CUT}")),
+        digest_of(whole),
+        tuple(part for part, value in whole.named.items() if value.cut_from == parts.train.origin),
         (float(splits["train"].images.min()), float(splits["train"].images.max())),
     )
 
@@ -369,21 +368,30 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @torch.no_grad()
+def logits_of_batches(model: nn.Module, split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (n, classes) and labels (n,) of all images, in eval mode; the model's mode is put back.
+
+    Batches have at most `batch_size` images, and as far as can be one size: a GPU plans anew for each.
+    """
+    training = model.training
+    model.eval()
+    count = max(1, -(-len(split) // batch_size))
+    for images, labels in split.batches(-(-len(split) // count)):
+        yield model(images.contiguous(memory_format=torch.channels_last)), labels
+    model.train(training)
+
+
+@torch.no_grad()
 def accuracy(model: nn.Module, split: Split, batch_size: int = 512, *, strict: bool = False) -> float:
     """Share of `split` that `model` classifies rightly, in 0..1, in eval mode; the model's mode is put back.
 
     An image whose logits are not all finite is not classified rightly; strict: such a one raises ArithmeticError.
     """
-    training = model.training
-    model.eval()
     correct, finite = torch.zeros(2, dtype=torch.int64, device=split.labels.device)
-    count = -(-len(split) // batch_size)
-    for images, labels in split.batches(-(-len(split) // max(1, count))):  # of one size: a GPU plans for each anew
-        logits = model(images.contiguous(memory_format=torch.channels_last))
+    for logits, labels in logits_of_batches(model, split, batch_size):
         is_finite = logits.isfinite().all(1)
         correct += ((logits.argmax(1) == labels) & is_finite).sum()
         finite += is_finite.sum()
-    model.train(training)
     if strict and int(finite) < len(split):
         raise ArithmeticError(f"the logits of {len(split) - int(finite)} of {len(split)} images are not finite")
     return int(correct) / len(split)

@@ -27,7 +27,7 @@ from n2n_fast.training.splits import Part, Parts, keys_of
 
 NATURAL = "natural"  # the order of names in which 2 comes before 10
 LARGEST_SIZE = 4096  # pixels
-DIGITS = tuple("0123456789")
+DIGIT_NAMES = tuple("0123456789")
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _read_digits(request: _Request) -> _Content:
         arrays = np.load(io.BytesIO(file.read()), allow_pickle=False)
     levels = torch.from_numpy(arrays["images"]).float() * (255 / 16)
     images, labels = levels.round().byte().unsqueeze(1), torch.from_numpy(arrays["labels"]).long()
-    return _Content(Parts(Part(images, labels, "digits")), DIGITS)
+    return _Content(Parts(Part(images, labels, "digits")), DIGIT_NAMES)
 
 
 def _read_cifar(request: _Request) -> _Content:
@@ -240,7 +240,7 @@ def _read_svhn(request: _Request) -> _Content:
     train, test = (
         (torch.from_numpy(np.ascontiguousarray(part.data)), torch.from_numpy(part.labels).long()) for part in parts
     )
-    return _Content(_of_torchvision(request, train, test), DIGITS)
+    return _Content(_of_torchvision(request, train, test), DIGIT_NAMES)
 
 
 def _importable(module: str) -> bool:

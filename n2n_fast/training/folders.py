@@ -1,9 +1,10 @@
 """Folders of images: a folder for each class, in parts or in none."""
 
+import io
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from n2n_fast.files.errors import BadInput, first_line
+from n2n_fast.files.errors import BadInput, described
 from n2n_fast.training.splits import Part, Parts, key_of
 
 PART_NAMES = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -71,10 +72,10 @@ def read_folder(
     folders = {**_part_folders(root), **others}
     classes = _class_names(folders["train"])
     listings = {part: _listing(folder, classes, bad) for part, folder in folders.items()}
-    sizes = {path: size for listing in listings.values() for path, size in _sizes(listing, bad)}
+    sizes = _sizes([path for listing in listings.values() for path, _ in listing.files], bad)
     notes: list[str] = []
     if image_size is None:
-        image_size, notes = _commonest([sizes[path] for path, _ in listings["train"].files if path in sizes], root)
+        image_size, notes = _commonest([sizes[path] for path, _ in listings["train"].files if path in sizes])
     check_memory(sum(len(listing.files) for listing in listings.values()) * channels * image_size[0] * image_size[1])
     parts = {name: _decode(listing, sizes, image_size, channels, bad) for name, listing in listings.items()}
     if bad.deep:
@@ -124,19 +125,25 @@ def _listing(folder: Path, classes: list[str], bad: Bad) -> Listing:
     return Listing(folder, files)
 
 
-def _sizes(listing: Listing, bad: Bad) -> Iterator[tuple[Path, tuple[int, int]]]:
-    """The width and height of each file whose header can be read."""
-    for path, _ in listing.files:
-        try:
-            with _open(path) as image:
-                bad.deep += _has_16_bits(image)
-                yield path, image.size
-        except Unusable as reason:  # noqa: PERF203
-            bad.lines.append(f"{path} {reason}")
+def _sizes(paths: Sequence[Path], bad: Bad) -> dict[Path, tuple[int, int]]:
+    """The width and height of each file whose header can be read and does not promise too much."""
+    from PIL import Image
+
+    sizes = {}
+    with warnings.catch_warnings():  # which is for all threads: not where files are decoded
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for path in paths:
+            try:
+                with _open(path, path) as image:
+                    bad.deep += _has_16_bits(image)
+                    sizes[path] = image.size
+            except Unusable as reason:  # noqa: PERF203
+                bad.lines.append(f"{path} {reason}")
+    return sizes
 
 
-def _open(path: Path) -> Any:
-    """An image whose header was read."""
+def _open(path: Path, content: Path | io.BytesIO) -> Any:
+    """An image whose header was read from its file or from what stands in it."""
     from PIL import Image
 
     if path.name.startswith("._"):
@@ -144,16 +151,14 @@ def _open(path: Path) -> Any:
     try:
         if path.stat().st_size == 0:
             raise Unusable("is empty")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(path)
+        return Image.open(content)
     except FileNotFoundError:
         raise Unusable("is a link to nothing") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Unusable(f"cannot be decoded ({type(error).__name__}: {first_line(error)})") from None
+        raise Unusable(f"cannot be decoded ({described(error)})") from None
 
 
-def _commonest(sizes: Sequence[tuple[int, int]], root: Path) -> tuple[tuple[int, int], list[str]]:
+def _commonest(sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], list[str]]:
     """The commonest short side as the size of a square; and a line on it where the images are of several sizes."""
     if not sizes:
         return (1, 1), []
@@ -185,8 +190,12 @@ def _decode(
     def decode(place: int) -> str | None:
         path = files[place][0]
         try:
-            images[place] = _pixels(path, image_size, channels)
-            keys[place] = key_of(path.read_bytes())
+            content = path.read_bytes()
+            images[place] = _pixels(path, content, image_size, channels)
+            keys[place] = key_of(content)
+        except OSError as error:
+            good[place] = False
+            return f"{path} cannot be read ({error.strerror})"
         except Unusable as reason:
             good[place] = False
             return f"{path} {reason}"
@@ -197,18 +206,18 @@ def _decode(
     labels = torch.tensor([label for _, label in files], dtype=torch.int64)
     names = [str(path.relative_to(listing.folder)) for path, _ in files]
     part = Part(images, labels, str(listing.folder), keys, names)
-    return part if good.all() else part.subset(good, part.origin)
+    return part if good.all() else part.subset(good)
 
 
 def _has_16_bits(image: Any) -> bool:
     return bool(image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"))
 
 
-def _pixels(path: Path, size: tuple[int, int], channels: int) -> Tensor:
+def _pixels(path: Path, content: bytes, size: tuple[int, int], channels: int) -> Tensor:
     """uint8 (channels, height, width)."""
     from PIL import Image, ImageOps
 
-    with _open(path) as image:
+    with _open(path, io.BytesIO(content)) as image:
         try:
             image.load()
             whole = image
@@ -220,6 +229,6 @@ def _pixels(path: Path, size: tuple[int, int], channels: int) -> Tensor:
                 raise Unusable("is no grey image but 1 channel is asked for; use a teacher with 3 input channels")
             whole = whole.convert("L" if channels == 1 else "RGB")
         except (OSError, ValueError, SyntaxError) as error:
-            raise Unusable(f"cannot be decoded ({type(error).__name__}: {first_line(error)})") from None
+            raise Unusable(f"cannot be decoded ({described(error)})") from None
     fitted = ImageOps.fit(whole, (size[1], size[0]), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(fitted).reshape(*size, channels)).permute(2, 0, 1)

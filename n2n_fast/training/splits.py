@@ -7,7 +7,7 @@ stay together.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from n2n_fast.files.errors import BadInput
 VALIDATION_SHARE = 0.1
 VALIDATION_LIMIT = 5000
 TEST_SHARE = 0.2  # of the training images, where there is no other part
-CUT = ", by content"  # ends the origin of a part that was cut from another
 SHOWN = 3  # names of images that are in two parts
 
 
@@ -27,7 +26,8 @@ class Part:
     """Images of one part of a data set, unchecked.
 
     images: (N, C, H, W); labels: (N,). keys: what tells each image's content, (N,) uint64; made of `images` where it is
-    None. names: of the images, for messages; their numbers where it is empty. origin: where they come from.
+    None. names: of the images, for messages; their numbers where it is empty. origin: where they come from. cut_from:
+    the origin of the part that they were cut from, if they were.
     """
 
     images: Tensor
@@ -35,13 +35,15 @@ class Part:
     origin: str
     keys: np.ndarray | None = None
     names: Sequence[str] = ()
+    cut_from: str = ""
 
-    def subset(self, chosen: np.ndarray, origin: str) -> "Part":
+    def subset(self, chosen: np.ndarray) -> "Part":
         """The images that are chosen, (N,) bool."""
         index = torch.from_numpy(chosen).to(self.images.device)
         keys = None if self.keys is None else self.keys[chosen]
         names = [name for name, taken in zip(self.names, chosen, strict=True) if taken] if self.names else ()
-        return Part(self.images[index], self.labels[index.to(self.labels.device)], origin, keys, names)
+        labels = self.labels[index.to(self.labels.device)]
+        return replace(self, images=self.images[index], labels=labels, keys=keys, names=names)
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,14 @@ def keys_of(images: Tensor) -> np.ndarray:
     return np.fromiter((key_of(row.tobytes()) for row in rows), dtype=np.uint64, count=len(rows))
 
 
-def digest_of(parts: dict[str, tuple[np.ndarray, Tensor]]) -> str:
-    """A short hash of parts, given by their names: of keys (N,) and labels (N,), in their order."""
+def digest_of(parts: Parts) -> str:
+    """A short hash of all parts: of the keys and labels of their images, in their order."""
     content = hashlib.sha256()
-    for name, (keys, labels) in parts.items():
-        content.update(f"{name} {len(keys)}".encode())
-        content.update(keys.astype("<u8").tobytes())
-        content.update(labels.cpu().numpy().astype("<i8").tobytes())
+    for name, part in parts.named.items():
+        assert part.keys is not None
+        content.update(f"{name} {len(part.keys)}".encode())
+        content.update(part.keys.astype("<u8").tobytes())
+        content.update(part.labels.cpu().numpy().astype("<i8").tobytes())
     return content.hexdigest()[:16]
 
 
@@ -96,7 +99,8 @@ def cut(part: Part, count: int, what: str) -> tuple[Part, Part]:
         raise BadInput(f"{part.origin}: all images are the same; none can be set apart for {what}")
     places = ((np.arange(wanted) + 0.5) * (len(distinct) / wanted)).astype(np.int64)
     chosen = np.isin(part.keys, distinct[order[places]])
-    return part.subset(~chosen, part.origin), part.subset(chosen, f"{what} of {part.origin}{CUT}")
+    taken = replace(part.subset(chosen), origin=f"{what} of {part.origin}, by content", cut_from=part.origin)
+    return part.subset(~chosen), taken
 
 
 def complete(name: str, parts: Parts, validation: float | None, test: float | None) -> Parts:
@@ -110,9 +114,7 @@ def complete(name: str, parts: Parts, validation: float | None, test: float | No
         train, last = cut(train, _count(name, "test", test, len(train.labels)), _share(test))
     elif last is None and held_out is not None and validation is None and len(held_out.labels) > 1:
         held_out, last = cut(held_out, len(held_out.labels) // 2, "half")
-        held_out = Part(
-            held_out.images, held_out.labels, f"the rest of {held_out.origin}", held_out.keys, held_out.names
-        )
+        held_out = replace(held_out, origin=f"the rest of {held_out.origin}")
     elif last is None:
         train, last = cut(train, max(1, round(TEST_SHARE * len(train.labels))), f"{TEST_SHARE:.0%}")
     if validation is not None or held_out is None:

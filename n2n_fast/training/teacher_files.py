@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from n2n_fast.files.errors import BadInput, first_line, raise_device_fault
+from n2n_fast.files.errors import BadInput, described, raise_device_fault
 from n2n_fast.files.safe_load import WantsCode, parse_json, read_tensors, read_trusted
 from n2n_fast.networks.tracing import unwrapped
 from n2n_fast.training.architectures import differences, infer_architecture, options_for, shapes_of
@@ -143,7 +143,7 @@ def _from_factory(arch: str, state: Mapping[str, Tensor], path: str | Path) -> n
         model = factory()
     except Exception as error:  # the factory is the user's: whatever it raises is about what it was handed
         raise_device_fault(error)
-        raise BadInput(f"{arch} failed ({type(error).__name__}: {first_line(error)})") from error
+        raise BadInput(f"{arch} failed ({described(error)})") from error
     if not isinstance(model, nn.Module):
         raise BadInput(f"{arch} gives a {type(model).__name__}; it must give a torch.nn.Module")
     text = ""
@@ -162,9 +162,7 @@ def _import_factory(arch: str) -> Callable[[], Any]:
     try:
         factory = getattr(importlib.import_module(module), name)
     except Exception as error:  # importing runs the user's code
-        raise BadInput(
-            f"{arch} cannot be imported ({type(error).__name__}: {first_line(error)}); write package.module:factory"
-        ) from error
+        raise BadInput(f"{arch} cannot be imported ({described(error)}); write package.module:factory") from error
     finally:
         sys.path[:] = path
     if not callable(factory):
