@@ -1,5 +1,6 @@
 """The run directory: locks, history, files written whole, and searches that are killed."""
 
+import contextlib
 import errno
 import json
 import os
@@ -12,7 +13,7 @@ import torch
 
 from elsewhere import ELSEWHERE, Fetching, tensors_of
 from n2n_fast.files.errors import BadInput
-from n2n_fast.search.checkpoint import SECONDS_BETWEEN, Interrupted, RunDirectory
+from n2n_fast.search.checkpoint import SECONDS_BETWEEN, Interrupted, RunDirectory, claimed
 from quarters import history
 
 SETTINGS = {"updates": 3, "data": {"mean": [0.5]}, "ratios": (0.5, 1.0), "command": {"device": "cpu"}}
@@ -36,8 +37,11 @@ def run(path):
     return path
 
 
-def resumed(path, settings=SETTINGS, **how):
-    return RunDirectory(path, settings, True, **how)
+@contextlib.contextmanager
+def resumed(path, settings=SETTINGS):
+    with RunDirectory(path, settings, True) as directory:
+        directory.begin()
+        yield directory
 
 
 def test_tensors_are_written_from_the_cpu(path):
@@ -124,7 +128,22 @@ def test_what_did_not_begin_leaves_no_trace(tmp_path, there):
     with RunDirectory(tmp_path / "runs" / "1", SETTINGS):
         assert (tmp_path / "runs" / "1").exists()
     refused("no run to resume", resumed(tmp_path / "runs" / "1"))
-    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == set(there)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == set(there) - {"runs/1/.lock"}
+
+
+def test_each_run_that_names_no_directory_gets_another(tmp_path):
+    (tmp_path / "runs" / "2").mkdir(parents=True)
+    with claimed(tmp_path / "runs") as first, claimed(tmp_path / "runs") as third:
+        assert (first.name, third.name) == ("1", "3")
+        with RunDirectory(first, SETTINGS) as run:
+            run.begin()
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"1", "2"}
+    with pytest.raises(ZeroDivisionError), claimed(tmp_path / "a" / "b") as path:
+        raise ZeroDivisionError(path)
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match=r"cannot be written \(.*\); give another --out"), claimed(tmp_path / "file"):
+        pass
 
 
 def test_what_cannot_be_written_is_told_at_once_and_leaves_no_trace(tmp_path, monkeypatch):

@@ -185,6 +185,29 @@ def test_a_dry_run_looks_at_the_policies_too(taught, place):
     assert "none.pt" in refusal("run", "--teacher", taught[0], *QUICK, "--policy", "none.pt", "--dry-run")
 
 
+def test_a_dry_run_refuses_policies_and_settings_as_a_run_does(taught, place):
+    command = ("run", "--teacher", taught[0], *QUICK, "--anchors", "0", "--stages", "shrinkage", "--quiet")
+    assert invoke(*command, "--out", "first")[0] == 0
+    other = (*command, "--policy", "first/policies.pt", "--hidden", "7")
+    for options in (other, (*command, "--resume", "first", "--updates", "3")):
+        err = refusal(*options, "--dry-run")
+        assert err == refusal(*options)
+        assert "use the same ratios, hidden and lstm_layers" in err or "updates (1 there, 3 here)" in err
+    history = place / "first" / "history.jsonl"
+    history.write_bytes(history.read_bytes() + b"{}\n")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    output("run", "--resume", "first", "--dry-run")
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_runs_started_at_once_take_different_directories(taught, place):
+    words = [sys.executable, "-m", "n2n_fast", "run", "--teacher", str(taught[0]), *QUICK, "--quiet", "--json"]
+    both = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert {json.loads(process.communicate()[0])["out"] for process in both} == {"runs/1", "runs/2"}
+    assert [process.returncode for process in both] == [0, 0]
+
+
 def test_a_dry_run_writes_nothing(taught, place):
     command = ("run", "--teacher", taught[0], *QUICK, "--dry-run", "--quiet")
     code, out, err = invoke(*command)

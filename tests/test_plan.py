@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from n2n_fast.files.errors import BadInput
-from n2n_fast.search.plan import plan
+from n2n_fast.search import plan as planned
+from n2n_fast.search.teacher import Reference
 from quarters import TINY, quarters, taught
 
 
@@ -14,6 +15,10 @@ from quarters import TINY, quarters, taught
 def problem():
     data = quarters()
     return taught(data), data
+
+
+def plan(teacher, data, config):
+    return planned.plan(Reference.of(teacher, data, config), data, config)
 
 
 def test_the_size_of_the_search_and_its_time_by_one_rollout(problem):

@@ -37,10 +37,10 @@ from n2n_fast.cli.streams import lasting_streams
 from n2n_fast.cli.teach import resuming_command, train_to_file, trained
 from n2n_fast.files.errors import BadInput, DeviceFault, telling_device_faults
 from n2n_fast.networks.space import ArchitectureSpace
-from n2n_fast.search.checkpoint import Interrupted, reserved
+from n2n_fast.search.checkpoint import Interrupted, claimed, reserved
 from n2n_fast.search.config import MOST, PROTOCOLS, SETTINGS, SearchConfig
 from n2n_fast.search.plan import plan
-from n2n_fast.search.reinforce import compress, read_policies
+from n2n_fast.search.reinforce import compress, prepared, read_policies
 from n2n_fast.search.result import Result
 from n2n_fast.search.workers import MOST as MOST_WORKERS
 from n2n_fast.search.workers import Workers, ray_module
@@ -163,22 +163,30 @@ def run(context: click.Context, /, **options: Any) -> int:
     """
     defaults = {**PROTOCOLS[options["protocol"]], **(DIGITS_DEFAULTS if options["data"] == DIGITS else {})}
     config = SearchConfig(**{**defaults, **given_settings(context)})
-    start, out = time.perf_counter(), options["resume"] or options["out"] or _free_directory()
+    named = options["resume"] or options["out"]
+    with contextlib.nullcontext(named) if named else claimed(Path("runs")) as out:
+        return _run(options, config, out)
+
+
+def _run(options: dict[str, Any], config: SearchConfig, out: Path) -> int:
+    """Search, or in a dry run tell of it; the exit code."""
+    start, workers = time.perf_counter(), _workers(options)
     curves = Curves(out, config.rollouts) if options["tensorboard"] else None
-    more = {"resume": options["resume"] is not None, "policies": options["policy"], "workers": _workers(options)}
-    with reserved(out, more["resume"]):  # what is refused is so before a teacher is trained, and in a dry run
+    how: dict[str, Any] = {"resume": options["resume"] is not None, "policies": options["policy"]}
+    with reserved(out, how["resume"]):  # what is refused is so before a teacher is trained
         if options["policy"] is not None:
             read_policies(options["policy"])
-    model, images, trained_on = _teacher_and_data(options, config.seed)
+    model, images, how["trained_on"] = _teacher_and_data(options, config.seed)
     if options["dry_run"]:
-        found = plan(model, images, config)
+        with prepared(model, images, config, out, **how) as (_, teacher, _):
+            found = plan(teacher, images, config)
         _tell(options["json"], found, tables.plan_table(found))
         return 0
     command = {name: _plain(name, value) for name, value in options.items() if name not in (*OF_ONE_CALL, *SETTINGS)}
     with Bar(options["quiet"], curves) as bar:
         try:
             with bar.stops_by_signals(), _telling_how_to_go_on(out):
-                result = compress(model, images, config, out, bar, **more, command=command, trained_on=trained_on)
+                result = compress(model, images, config, out, bar, workers=workers, command=command, **how)
         except Interrupted as stopped:  # here, since click knows a KeyboardInterrupt alone
             click.echo(f"interrupted; go on with: n2n-fast run --resume {stopped}", err=True)
             return INTERRUPTED
@@ -379,10 +387,6 @@ def _read(options: dict[str, Any], channels: int | None) -> ImageData:
 
 def _tell(as_json: bool, content: dict[str, Any], text: str) -> None:
     click.echo(json.dumps(content, indent=2) if as_json else text)
-
-
-def _free_directory() -> Path:
-    return next(path for number in range(1, sys.maxsize) if not (path := Path("runs") / str(number)).exists())
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ and the work behind that, at most one update or one training, is done again.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import time
@@ -45,6 +46,7 @@ class RunDirectory:
         self._settings = json.loads(json.dumps(settings))
         self._stack = contextlib.ExitStack()
         self.checkpoint: dict[str, Any] | None = None
+        self._length = 0
 
     def __enter__(self) -> "RunDirectory":
         with self._stack:
@@ -53,30 +55,34 @@ class RunDirectory:
                 _check_settings(self.path, self._settings)
                 checkpoint = self.path / CHECKPOINT
                 self.checkpoint = read_state(checkpoint) if checkpoint.exists() else None
-                self._open_history()
+                self._length = self._known_history()
             self._stack = self._stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _open_history(self) -> None:
-        """Open it and forget the lines behind the checkpoint: the search will come to them again."""
+    def _known_history(self) -> int:
+        """How many bytes of it the checkpoint knows of."""
         length = 0 if self.checkpoint is None else self.checkpoint.get("history")
         if type(length) is not int or length < 0:
             raise BadInput(f"{self.path / CHECKPOINT}: not written by n2n-fast run")
-        (self.path / HISTORY).touch()
-        self._history = self._stack.enter_context((self.path / HISTORY).open("r+b"))
-        if self._history.seek(0, os.SEEK_END) < length:
+        file = self.path / HISTORY
+        if length > (file.stat().st_size if file.exists() else 0):
             raise BadInput(f"{self.path}: {HISTORY} is shorter than when {CHECKPOINT} was written; it was changed")
-        self._history.truncate(length)
-        self._history.seek(length)
+        return length
 
     def begin(self) -> None:
-        """Write config.json, which makes the directory that of a run: its settings and teacher have been checked."""
+        """Write config.json, which makes the directory that of a run: its settings and teacher have been checked.
+
+        Of a run that goes on, forget the history behind the checkpoint: the search will come to it again.
+        """
         if not self._resume:
             self.write_json(SETTINGS, self._settings)
-            self._open_history()
+        (self.path / HISTORY).touch()
+        self._history = self._stack.enter_context((self.path / HISTORY).open("r+b"))
+        self._history.truncate(self._length)
+        self._history.seek(self._length)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Add a line to history.jsonl."""
@@ -165,18 +171,56 @@ def reserved(path: Path, resume: bool = False) -> Iterator[None]:
     the directory has to be that of a run. Raises BadInput where it cannot be used or written.
     """
     with contextlib.ExitStack() as stack:
-        try:
+        with _writing(path):
             _check_content(path, resume)
-            missing = [parent for parent in (path, *path.parents) if not parent.exists()]
-            stack.callback(_remove_unbegun, path, missing, not (path / LOCK).exists())
+            stack.callback(_remove_unbegun, path, _missing(path))
             path.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((path / LOCK).open("a"))
-            if not _lock(lock):
-                raise BadInput(f"{path}: another process works on this run; wait for it or give another --out")
+            stack.enter_context(locked(path / LOCK, path))
             try_writing(path)
-        except OSError as error:
-            raise BadInput(f"{path}: cannot be written ({error.strerror}); give another --out") from None
         yield
+
+
+@contextlib.contextmanager
+def claimed(parent: Path) -> Iterator[Path]:
+    """The first of parent/1, parent/2, ... that does not exist, made by this process; removed if it stays empty."""
+    missing = _missing(parent)
+    with _writing(parent):
+        for number in itertools.count(1):
+            path = parent / str(number)
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(parents=True)
+                break
+    try:
+        yield path
+    finally:
+        _remove_unbegun(path, [path, *missing])
+
+
+@contextlib.contextmanager
+def locked(file: Path, what: Path) -> Iterator[None]:
+    """`what` for this process alone: an empty file is locked, and removed afterwards. Raises BadInput, and OSError."""
+    with file.open("a") as lock:
+        if not _lock(lock):
+            raise BadInput(f"{what}: another process works on it; wait for that or give another --out")
+        try:
+            yield
+        finally:
+            if lock.tell() == 0:
+                with contextlib.suppress(OSError):
+                    file.unlink()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error.strerror}); give another --out") from None
+
+
+def _missing(path: Path) -> list[Path]:
+    """Those of a directory and its parents that do not exist, the innermost first."""
+    return [each for each in (path, *path.parents) if not each.exists()]
 
 
 def _check_content(path: Path, resume: bool) -> None:
@@ -200,28 +244,25 @@ def _is_leftover(file: Path) -> bool:
     )
 
 
-def _remove_unbegun(path: Path, made: list[Path], made_lock: bool) -> None:
+def _remove_unbegun(path: Path, made: list[Path]) -> None:
     """Leave no trace of a run that did not begin; made: its directories, the innermost first."""
     if not (path / SETTINGS).exists():
-        if made_lock:
-            with contextlib.suppress(OSError):
-                (path / LOCK).unlink()
         for directory in made:
             with contextlib.suppress(OSError):
                 directory.rmdir()
 
 
 def _lock(file: IO[str]) -> bool:
-    """Lock an open file, until it is closed; whether it could be."""
+    """Lock an open file, until it is closed; whether it could be, and the file is still there."""
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), Path(file.name).stat())
     except ImportError:  # no such locks on Windows
-        pass
-    except BlockingIOError:
+        return True
+    except (BlockingIOError, FileNotFoundError):
         return False
-    return True
 
 
 def _check_settings(path: Path, here: Mapping[str, Any]) -> None:

@@ -5,8 +5,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from n2n_fast.files.errors import BadInput, DegenerateArchitecture
 from n2n_fast.search.config import STAGES, SearchConfig
 from n2n_fast.search.environment import Evaluator
@@ -17,16 +15,16 @@ from n2n_fast.training.data import ImageData
 TIMED_STEPS = 20  # at most, of the training of the student that is timed
 
 
-def plan(teacher: nn.Module, data: ImageData, config: SearchConfig) -> dict[str, Any]:
-    """Look at the teacher's space, and time the evaluation of one student; nothing is written.
+def plan(reference: Reference, data: ImageData, config: SearchConfig) -> dict[str, Any]:
+    """Look at a teacher's space, and time the evaluation of one student; nothing is written.
 
     params, macs, accuracy: the teacher's. choices: in each stage, of layers, or of widths and kernels.
     architectures_log10: of how many architectures that gives, at most; of the second stage as if the first had removed
     nothing. limits: on costs; gaps: how far even the smallest student stays from them, relative to them.
-    training_steps: of all full trainings. seconds: of all of it, about. Raises BadInput where the teacher is of no use.
+    training_steps: of all full trainings. seconds: of all of it, about. Raises BadInput where no student can
+    be evaluated.
     """
-    reference, names = Reference.of(teacher, data, config), STAGES[config.stages]
-    space, limits = reference.space, reference.limits(config)
+    names, space, limits = STAGES[config.stages], reference.space, reference.limits(config)
     removals = sum(layer.removable for layer in space.layers)
     shrinkages = sum(map(sum, space.choices(space.teacher)))
     choices = {"removal": (removals, 2), "shrinkage": (shrinkages, len(config.ratios))}

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from n2n_fast.search.anchors import train_anchors, warm_start
 from n2n_fast.search.checkpoint import RunDirectory, read_state
 from n2n_fast.search.config import STAGES, SearchConfig
 from n2n_fast.search.environment import Executor, Training
+from n2n_fast.search.policies import new_policy
 from n2n_fast.search.result import Result, finish, train_best
 from n2n_fast.search.reward import RewardFunction
 from n2n_fast.search.stage import Rollout, Search, SearchProgress, Stage
@@ -25,7 +26,7 @@ from n2n_fast.search.workers import RayExecutor, Workers
 from n2n_fast.training.data import ImageData
 from n2n_fast.training.teachers import digest
 
-__all__ = ["Rollout", "SearchProgress", "compress", "read_policies"]
+__all__ = ["Rollout", "SearchProgress", "compress", "prepared", "read_policies"]
 
 
 def compress(
@@ -57,16 +58,39 @@ def compress(
     used; DeviceFault, which is one; and Interrupted where `progress` says to stop. What is done is kept.
     """
     _check_types(teacher, data, config, out, progress, policies, workers)
-    teacher, config, progress = unwrapped(teacher), config or SearchConfig(), progress or SearchProgress()
-    with telling_device_faults(), contextlib.closing(RayExecutor(workers) if workers else Executor()) as executor:
-        trained = {} if policies is None else read_policies(Path(policies))
-        with RunDirectory(Path(out), _settings(teacher, data, config, command), resume, progress.stopping) as directory:
-            reference = Reference.of(teacher, data, config, trained_on)
-            for line in reference.summary:
-                progress.message(line)
-            directory.begin()
-            shared = config, data, reference, reference.limits(config), directory, progress, executor
-            return _search_in_stages(Search(*shared, trained, training, reward))
+    config, progress = config or SearchConfig(), progress or SearchProgress()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(telling_device_faults())
+        executor = stack.enter_context(contextlib.closing(RayExecutor(workers) if workers else Executor()))
+        how = resume, policies, command, trained_on, progress.stopping
+        directory, reference, trained = stack.enter_context(prepared(teacher, data, config, out, *how))
+        for line in reference.summary:
+            progress.message(line)
+        directory.begin()
+        shared = config, data, reference, reference.limits(config), directory, progress, executor
+        return _search_in_stages(Search(*shared, trained, training, reward))
+
+
+@contextlib.contextmanager
+def prepared(
+    teacher: nn.Module,
+    data: ImageData,
+    config: SearchConfig,
+    out: str | os.PathLike[str],
+    resume: bool = False,
+    policies: str | os.PathLike[str] | None = None,
+    command: Mapping[str, Any] | None = None,
+    trained_on: str | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[RunDirectory, Reference, dict[str, Any]]]:
+    """The directory, the teacher and the policies of a search that could begin; as of `compress`, which raises so."""
+    teacher = unwrapped(teacher)
+    trained = {} if policies is None else read_policies(Path(policies))
+    with RunDirectory(Path(out), _settings(teacher, data, config, command), resume, stopping) as directory:
+        reference = Reference.of(teacher, data, config, trained_on)
+        for stage in trained.keys() & set(STAGES[config.stages]):
+            new_policy(stage, reference.space.features().shape[1], config, trained)
+        yield directory, reference, trained
 
 
 def _check_types(*arguments: Any) -> None:
