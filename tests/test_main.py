@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,6 +199,14 @@ def test_a_dry_run_refuses_policies_and_settings_as_a_run_does(taught, place):
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     output("run", "--resume", "first", "--dry-run")
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
+def test_too_little_room_is_told_before_the_search(taught, place, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, free=2_000_000))
+    for dry in ((), ("--dry-run",)):
+        err = refusal("run", "--teacher", taught[0], *QUICK, *dry, "--out", "here")
+        assert err == "n2n-fast: here: about 2.8 MB are needed, its disk has 2.0 MB; make room, or give another --out\n"
+    assert list(place.iterdir()) == []
 
 
 @pytest.mark.slow

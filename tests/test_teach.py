@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ from n2n_fast.training import distill
 from n2n_fast.training.data import accuracy
 from n2n_fast.training.datasets import load
 from n2n_fast.training.teacher_files import load_teacher, made_from
+from n2n_fast.training.teachers import SmallResNet
 
 QUICK = ("teach", "--arch", "digits_resnet", "--epochs", "2", "--seed", "3", "--device", "cpu", "--quiet")
-KEPT, TEACHER, COMPANION = "t.pt.training", "t.pt", "t.json"
+KEPT, TEACHER, COMPANION = "t.pt.training", "t.pt", "t.pt.json"
 OURS = b'{"made_by": "n2n-fast teach"}'
 
 
@@ -101,6 +103,35 @@ def test_a_stale_companion_of_ours_gives_way(whole, place):
     assert contents(place) == whole
 
 
+def test_each_teacher_has_a_companion_of_its_own(whole, place):
+    for name in ("t.pth", "t.json"):
+        output(*QUICK, "--out", name)
+    for name in ("t.pt", "t.pt.json"):
+        (place / name).write_bytes(whole[name])
+    told = [made_from(name, load_teacher(name)) for name in ("t.pt", "t.pth", "t.json")]
+    assert told == [json.loads(whole[COMPANION])] * 3
+
+
+def test_a_companion_of_the_older_name_is_read(whole, place):
+    (place / TEACHER).write_bytes(whole[TEACHER])
+    (place / "t.json").write_bytes(whole[COMPANION])
+    (place / COMPANION).write_bytes(OURS)  # of other weights
+    assert made_from(TEACHER, load_teacher(TEACHER)) == json.loads(whole[COMPANION])
+
+
+def test_the_second_of_two_at_once_is_refused(whole, place, monkeypatch):
+    lines, plain = [], teach.trained
+
+    def trained(*args, **how):
+        lines.extend(refusal(*QUICK, "--out", TEACHER, *more) for more in ((), ("--resume",)))
+        return plain(*args, **how)
+
+    monkeypatch.setattr(teach, "trained", trained)
+    output(*QUICK, "--out", TEACHER)
+    assert lines == ["n2n-fast: t.pt: another process works on it; wait for that or give another --out\n"] * 2
+    assert contents(place) == whole
+
+
 # What is refused before it trains
 
 REFUSED = {
@@ -127,7 +158,6 @@ REFUSED = {
     "--out=": "an empty path",
     "--out .": "is a directory",
     "--out none/t.pt": "its directory does not exist",
-    "--out t.json": "such as teacher.pt",
     "--out /proc/t.pt": "/proc/t.pt: ",
     f"--out {'t' * 300}.pt": "File name too long",
     "--resume": "teacher.pt.training: no training to go on with; leave out --resume",
@@ -150,8 +180,8 @@ def test_it_is_refused_before_the_data_are_read(options):
     ("name", "content", "expected"),
     [
         (TEACHER, b"precious", "t.pt: exists already; give another --out or remove it"),
-        (COMPANION, b"precious", "t.json: would be overwritten, and is not by n2n-fast teach"),
-        (COMPANION, b"{}", "t.json: would be overwritten"),
+        (COMPANION, b"precious", "t.pt.json: would be overwritten, and is not by n2n-fast teach"),
+        (COMPANION, b"{}", "t.pt.json: would be overwritten"),
         (KEPT, b"precious", "t.pt.training: a training that was cut off; go on with --resume, remove it"),
     ],
 )
@@ -171,6 +201,15 @@ def test_a_full_disk_is_refused_before_the_training(place, monkeypatch):
     fill_disk(monkeypatch, 1)
     assert "t.pt: cannot be written (No space left on device)" in refusal(*QUICK, "--out", TEACHER)
     assert contents(place) == {}
+
+
+def test_too_little_room_is_told_before_the_training(place, monkeypatch):
+    weights = sum(tensor.nbytes for tensor in SmallResNet(2, 10, 1).state_dict().values())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, free=4 * weights - 1))
+    assert "t.pt: about 2.8 MB are needed, its disk has 2.8 MB; make room" in refusal(*QUICK, "--out", TEACHER)
+    assert contents(place) == {}
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, free=4 * weights))
+    output(*QUICK, "--out", TEACHER)
 
 
 # Cut off, and going on

@@ -79,7 +79,7 @@ def test_the_parts_do_not_depend_on_the_seed(place):
     taught("npz:set.npz", "--seed", 5)
     first, err = run("--teacher", "t.pt", "--data", "npz:set.npz", "--seed", 9)
     assert "may have been trained on" not in err
-    made = json.loads((place / "t.json").read_text())
+    made = json.loads((place / "t.pt.json").read_text())
     assert made["data"]["digest"] == first["data"]["digest"]
     evaluated = json.loads(output("evaluate", "run", "--json"))
     assert evaluated["accuracy"] == first["student"]["test_accuracy"]
@@ -91,7 +91,7 @@ def test_a_teacher_from_elsewhere_may_have_seen_everything(place):
     labels = np.arange(240) % 4
     folders(labels, "abcd", place / "set" / "train")
     foreign = taught(f"imagefolder:{place / 'set' / 'train'}")
-    (place / "t.json").unlink()
+    (place / "t.pt.json").unlink()
     result, err = run("--teacher", foreign, "--data", "imagefolder:set")
     assert "may have been trained on the validation and test images" in err
     assert result["teacher"]["may_have_seen"] == ["validation", "test"]
@@ -180,7 +180,7 @@ def test_a_run_goes_on_wherever_its_files_lie_but_not_with_others(place, monkeyp
     assert again["student"]["params"] == result["student"]["params"]
     shutil.move(place / "a" / "set.npz", "moved.npz")
     shutil.move(place / "a" / "t.pt", "moved.pt")
-    shutil.move(place / "a" / "t.json", "moved.json")
+    shutil.move(place / "a" / "t.pt.json", "moved.pt.json")
     here = ("--data", "npz:moved.npz", "--teacher", "moved.pt")
     assert output("run", "--resume", "../a/run", *here, "--json")
     with np.load("moved.npz") as whole:

@@ -14,8 +14,8 @@ from torch import nn
 from n2n_fast.cli.progress import Bar
 from n2n_fast.files.errors import BadInput, DeviceFault, telling_device_faults
 from n2n_fast.files.safe_load import understood
-from n2n_fast.files.whole import try_writing, write_json, write_tensors
-from n2n_fast.search.checkpoint import TrainingCheckpointer, check_same, read_state
+from n2n_fast.files.whole import check_room, try_writing, write_json, write_tensors
+from n2n_fast.search.checkpoint import TrainingCheckpointer, check_same, locked, read_state, writing
 from n2n_fast.training import teachers
 from n2n_fast.training.architectures import OnMeta
 from n2n_fast.training.data import ImageData, accuracy
@@ -31,9 +31,14 @@ def train_to_file(options: dict[str, Any], load: Callable[[int | None], ImageDat
     load: reads the data with so many channels. Raises BadInput, and Interrupted where a signal asked to stop; the
     training is kept then.
     """
+    with _for_this_process(options["out"]):
+        return _train_to_file(options, load)
+
+
+def _train_to_file(options: dict[str, Any], load: Callable[[int | None], ImageData]) -> list[str]:
     out, arch, cifar_stem = options["out"], options["arch"], options["cifar_stem"]
     kept = Path(f"{out}.training")
-    _check_place(out, kept, options["resume"])
+    _check_beside(out, kept, options["resume"])
     with OnMeta():
         teachers.create(arch, 10, cifar_stem=cifar_stem)  # refuses what does not exist before the data are read
     images = load(options["channels"] or teachers.usual_channels(arch))
@@ -42,6 +47,7 @@ def train_to_file(options: dict[str, Any], load: Callable[[int | None], ImageDat
         _check_kept(kept, settings)
     train = images.train
     model = teachers.create(arch, images.classes, train.channels, train.image_size, cifar_stem, options["seed"])
+    check_room(out, model.state_dict(), kept.stat().st_size if options["resume"] else 0)
     with Bar(options["quiet"]) as bar, bar.stops_by_signals(), _telling_how_to_go_on(kept):
         checkpointer = TrainingCheckpointer(kept, settings, bar.stopping)
         trained(model, images, bar, checkpointer, **{name: options[name] for name in OF_TRAINING})
@@ -68,27 +74,31 @@ def resuming_command() -> str:
     return shlex.join(["n2n-fast", *words, "--resume"])
 
 
-def _check_place(out: Path, kept: Path, resume: bool) -> None:
-    """Refuse a file that cannot be written, or beside which something stands in the way."""
+@contextlib.contextmanager
+def _for_this_process(out: Path) -> Iterator[None]:
+    """Refuse a file that cannot be written; nobody else trains into it meanwhile."""
     if out.is_dir():
         raise BadInput(f"{out}: is a directory; give a file, --out FILE")
     if out.exists():
         raise BadInput(f"{out}: exists already; give another --out or remove it")
     if not out.parent.is_dir():
         raise BadInput(f"{out}: its directory does not exist; make it or give another --out")
+    with contextlib.ExitStack() as stack:
+        with writing(out):
+            stack.enter_context(locked(out.with_name(f".{out.name}.lock"), out))
+            try_writing(out.parent)
+        yield
+
+
+def _check_beside(out: Path, kept: Path, resume: bool) -> None:
+    """Refuse a file beside which something stands in the way."""
     beside = companion(out)
-    if beside == out:
-        raise BadInput(f"{out}: {beside.name} tells how the teacher was made; give another --out, such as teacher.pt")
-    if beside.exists() and read_companion(out) is None:
+    if beside.exists() and read_companion(beside) is None:
         raise BadInput(f"{beside}: would be overwritten, and is not by {MADE_BY}; give another --out or remove it")
     if kept.exists() and not resume:
         raise BadInput(f"{kept}: a training that was cut off; go on with --resume, remove it or give another --out")
     if resume and not kept.is_file():
         raise BadInput(f"{kept}: no training to go on with; leave out --resume")
-    try:
-        try_writing(out.parent)
-    except OSError as error:
-        raise BadInput(f"{out}: cannot be written ({error.strerror}); give another --out") from None
 
 
 def _check_kept(kept: Path, settings: dict[str, Any]) -> None:

@@ -4,13 +4,18 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from n2n_fast.files.errors import BadInput
 from n2n_fast.files.states import on_cpu
+
+KEPT = 4  # times the weights: a training has them and their momentum, both twice while it is written anew
 
 
 def aside(path: Path) -> Path:
@@ -41,6 +46,18 @@ def try_writing(directory: Path) -> None:
     with tempfile.TemporaryFile(dir=directory) as file:
         file.write(bytes(1 << 16))
         os.fsync(file.fileno())
+
+
+def check_room(path: Path, weights: Mapping[str, torch.Tensor], there: int = 0) -> None:
+    """Refuse a place whose disk has clearly too little room to train a network of such weights and keep it meanwhile.
+
+    path: a directory, or a file in one. there: bytes of what will be replaced. Raises BadInput.
+    """
+    needed = KEPT * sum(tensor.nbytes for tensor in weights.values()) - there
+    usage = shutil.disk_usage(path if path.is_dir() else path.parent)
+    if usage.total and usage.free < needed:  # some file systems tell nothing
+        room = f"about {needed / 1e6:,.1f} MB are needed, its disk has {usage.free / 1e6:,.1f} MB"
+        raise BadInput(f"{path}: {room}; make room, or give another --out")
 
 
 def _sync_directory(path: Path) -> None:

@@ -171,7 +171,7 @@ def reserved(path: Path, resume: bool = False) -> Iterator[None]:
     the directory has to be that of a run. Raises BadInput where it cannot be used or written.
     """
     with contextlib.ExitStack() as stack:
-        with _writing(path):
+        with writing(path):
             _check_content(path, resume)
             stack.callback(_remove_unbegun, path, _missing(path))
             path.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ def reserved(path: Path, resume: bool = False) -> Iterator[None]:
 def claimed(parent: Path) -> Iterator[Path]:
     """The first of parent/1, parent/2, ... that does not exist, made by this process; removed if it stays empty."""
     missing = _missing(parent)
-    with _writing(parent):
+    with writing(parent):
         for number in itertools.count(1):
             path = parent / str(number)
             with contextlib.suppress(FileExistsError):
@@ -211,7 +211,8 @@ def locked(file: Path, what: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Within it, an OSError becomes the line that `path` cannot be written."""
     try:
         yield
     except OSError as error:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from n2n_fast.files.errors import BadInput, check_type, telling_device_faults
+from n2n_fast.files.whole import check_room
 from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.tracing import unwrapped
 from n2n_fast.search.anchors import train_anchors, warm_start
@@ -87,6 +88,7 @@ def prepared(
     teacher = unwrapped(teacher)
     trained = {} if policies is None else read_policies(Path(policies))
     with RunDirectory(Path(out), _settings(teacher, data, config, command), resume, stopping) as directory:
+        check_room(directory.path, teacher.state_dict(), sum(file.stat().st_size for file in directory.path.iterdir()))
         reference = Reference.of(teacher, data, config, trained_on)
         for stage in trained.keys() & set(STAGES[config.stages]):
             new_policy(stage, reference.space.features().shape[1], config, trained)

@@ -39,13 +39,12 @@ def load_teacher(path: str | Path, arch: str | None = None, allow_pickle: bool =
 
 
 def companion(path: Path) -> Path:
-    """The file that says how a teacher's file was made: teacher.json for teacher.pt."""
-    return path.with_suffix(".json")
+    """The file that says how a teacher's file was made: teacher.pt.json for teacher.pt."""
+    return path.with_name(f"{path.name}.json")
 
 
-def read_companion(path: Path) -> dict[str, Any] | None:
-    """What stands in the companion of a teacher's file; None where there is none that `n2n-fast teach` wrote."""
-    file = companion(path)
+def read_companion(file: Path) -> dict[str, Any] | None:
+    """What stands in a companion; None where it is not by `n2n-fast teach`."""
     try:
         content = parse_json(file.read_bytes()) if file.is_file() else None
     except (OSError, ValueError):
@@ -59,8 +58,12 @@ def made_from(path: str | Path, model: nn.Module) -> dict[str, Any] | None:
     model: as `load_teacher` gives it. "data" is as `ImageData.described` gives it: what the teacher has seen, and its
     preprocessing.
     """
-    made = read_companion(Path(path))
-    return made if made and made.get("weights") == digest(model) and _is_description(made.get("data")) else None
+    path = Path(path)
+    for file in (companion(path), path.with_suffix(".json")):  # as it was named before
+        made = read_companion(file)
+        if made and made.get("weights") == digest(model) and _is_description(made.get("data")):
+            return made
+    return None
 
 
 def _is_description(data: Any) -> bool:
