@@ -1,17 +1,22 @@
 """A student in other formats: what is written computes what the student computes."""
 
+import json
 import shutil
 import sys
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from command_line import output, refusal
-from n2n_fast.cli import export
+from hostile import changed
+from n2n_fast.cli import evaluate, export
 from n2n_fast.cli.export import fold_batch_norms
+from n2n_fast.files import safe_pt2
 from n2n_fast.files.errors import BadInput
-from n2n_fast.search.result import load_student
+from n2n_fast.search.result import load_student, program_bytes
+from quarters import quarters
 
 
 @pytest.fixture
@@ -95,6 +100,90 @@ def test_an_opset_that_cannot_be_had_is_refused(run):
     with pytest.raises(BadInput, match="opset"):
         export.export(run, "onnx", opset=5)
     assert not list(run.glob("*export*"))
+
+
+@pytest.fixture
+def taught(tmp_path):
+    """Options that name data like those of the run, of classes numbered otherwise."""
+    split = quarters().test
+    pixels = (255 * (split.images + 2) / 4).clamp(0, 255).byte()
+    for image, label in zip(pixels, split.labels.tolist(), strict=True):
+        folder = tmp_path / "set" / "dcba"[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(folder / f"{len(list(folder.iterdir()))}.png")
+    return "--data", f"imagefolder:{tmp_path / 'set'}"
+
+
+def described(run, **changed):
+    """The run's student with a file that says this of its images."""
+    takes = {**json.loads((run / "student.json").read_text()), **changed}
+    (run / "student.pt2").write_bytes(program_bytes(torch.export.load(run / "student.pt2"), takes))
+    return takes
+
+
+@pytest.mark.parametrize("to", ["pt2", "onnx"])
+def test_a_file_alone_says_what_it_takes_and_what_its_classes_are(run, session, taught, to):
+    takes = described(run, classes=list("dcba"), mean=[0.5], std=[0.25])
+    path = export.export(run, to).path.rename(run.parent / f"alone.{to}")
+    if to == "pt2":
+        torch.export.load(path, extra_files=(extra := {"student.json": ""}))
+        assert json.loads(extra["student.json"]) == takes == load_student(path).meta["input"]
+    else:
+        props = session(path).get_modelmeta().custom_metadata_map
+        assert {name: json.loads(props[name]) for name in takes} == takes
+    shutil.rmtree(run)
+    found = json.loads(output("evaluate", path, *taught, "--json"))
+    assert found["accuracy"] > 0.9  # by the names of the classes, not by their order
+    assert {name: found["data"][name] for name in ("image_size", "channels", "classes")} == {
+        name: takes[name] for name in ("image_size", "channels", "classes")
+    }
+    assert "give its data too, --data SPEC" in refusal("evaluate", path)
+
+
+DAMAGED = {
+    "image_size": (None, [8], [8, 0], [8, 8, 8], "8", [True, 8], [8.5, 8]),
+    "channels": (0, "1", None, 1.5),
+    "mean": ([], ["a"], 3, [[0.1]], [float("nan")]),
+    "std": ([0.0], [-1.0], [10**400], None),
+    "range": ([1], None, "01"),
+    "dtype": (3, None),
+    "classes": ([], [1], "abcd", None, {"a": 1}),
+}
+
+
+def test_a_damaged_description_is_one_line_and_nothing_is_run(run, session, taught, monkeypatch):
+    onnx = pytest.importorskip("onnx")
+    path = export.export(run, "onnx").path
+    model = onnx.load(path)
+    monkeypatch.setattr(safe_pt2, "_loaded", None)
+    monkeypatch.setattr(export, "run_by_onnx", None)
+    monkeypatch.setattr(evaluate, "run_by_onnx", None)
+    whole = {prop.key: prop.value for prop in model.metadata_props}
+    for name, value in ((name, value) for name, values in DAMAGED.items() for value in values):
+        onnx.helper.set_model_props(model, {**whole, name: json.dumps(value)})
+        onnx.save(model, path)
+        described(run, **{name: value})
+        for file in (path, run / "student.pt2"):
+            expected = f"{file}: what it says of its images is damaged ({name}: "
+            assert expected in refusal("evaluate", file, *taught)
+    for text in (b"", b"{", b"[1]", b"[" * 100_000, b"\xff"):
+        (run / "student.pt2").write_bytes(
+            changed((run / "student.pt2").read_bytes(), "student.json", lambda _, text=text: text)
+        )
+        assert "what it says of its images is damaged" in refusal("evaluate", run)
+
+
+def test_a_file_that_says_nothing_is_refused(normed, session, taught, run):
+    onnx = pytest.importorskip("onnx")
+    assert load_student(normed).meta["input"] is None
+    assert "does not say what images it takes; give its run" in refusal("evaluate", normed / "student.pt2", *taught)
+    path = export.export(run, "onnx").path
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    onnx.save(model, path)
+    assert "does not say what images it takes" in refusal("evaluate", path, *taught)
+    path.write_bytes(b"no model")
+    assert "not a readable student" in refusal("evaluate", path, *taught)
 
 
 class Normed(nn.Module):

@@ -62,7 +62,7 @@ def read_data(values: dict[str, Any], channels: int | None) -> ImageData:
     validation, order = values.get("validation"), values.get("class_order")
     if values["data"] == DIGITS and validation is None:
         validation = DIGITS_VALIDATION
-    if order is not None and order != NATURAL:
+    if isinstance(order, str) and order != NATURAL:
         order = order.split(",")
     return load(values["data"], channels=channels, validation=validation, class_order=order, **named)
 

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from n2n_fast.cli.data import read_data
+from n2n_fast.cli.export import Forward, check_onnx, run_by_onnx
 from n2n_fast.files.errors import BadInput, first_line, raise_device_fault
+from n2n_fast.files.inputs import FIELDS, input_of
+from n2n_fast.files.safe_load import parse_json
 from n2n_fast.search.checkpoint import read_settings
 from n2n_fast.search.result import load_student
 from n2n_fast.training.answers import answers
 from n2n_fast.training.data import ImageData
 
-HOW = ("image_size", "channels", "mean", "std")
 WHICH: dict[str, tuple[type, ...]] = {  # options of `run` that say which images are in which part, and their types
     "validation": (float, str),
     "test": (float, str),
@@ -25,13 +27,17 @@ WHICH: dict[str, tuple[type, ...]] = {  # options of `run` that say which images
 def student_accuracy(run: Path, data: str | None, download: bool, device: torch.device) -> dict[str, Any]:
     """The data, as described, and accuracies on the test split, or the validation split where there is none.
 
-    data: default: the run's own; in any case preprocessed as in the run. warnings: how they differ from the run's.
-    Raises BadInput.
+    run: a directory, or the file of a student alone. data: default: the run's own; in any case preprocessed as in the
+    run, and its classes numbered so where they have the same names. warnings: how they differ from the run's. Raises
+    BadInput.
     """
-    student = load_student(run).to(device)
-    own, noted = _data_settings(run)
+    student, own, noted, device = _in_file(run, device) if run.is_file() else _in_run(run, device)
+    if data is None and "data" not in noted:
+        raise BadInput(f"{run}: is a student alone; give its data too, --data SPEC")
     options = {**noted, "data": data or noted["data"], "download": download, "device": device}
     images = read_data(options, own["channels"])
+    if list(images.class_names) != own["classes"] and sorted(images.class_names) == sorted(own["classes"]):
+        images = read_data({**options, "class_order": own["classes"]}, own["channels"])
     split, name = (images.validation, "validation") if images.test is None else (images.test, "test")
     found = answers(_Checked(student, images), split, images.classes)
     return {
@@ -45,29 +51,56 @@ def student_accuracy(run: Path, data: str | None, download: bool, device: torch.
     }
 
 
-def _data_settings(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a run's config.json says of its data, and the options with which they are read."""
+Student = tuple[Forward, dict[str, Any], dict[str, Any], torch.device]  # what it takes, options of its data, where
+
+
+def _in_file(path: Path, device: torch.device) -> Student:
+    """A student in a file that says itself what it takes."""
+    if path.suffix == ".onnx":
+        takes, forward = _in_onnx(path)
+        device = torch.device("cpu")
+    else:
+        student = load_student(path)
+        takes, forward = student.meta["input"], student.to(device)
+    if takes is None:
+        raise BadInput(f"{path}: does not say what images it takes; give its run, or export it again")
+    return forward, takes, {**takes, "image_size": tuple(takes["image_size"])}, device
+
+
+def _in_onnx(path: Path) -> tuple[dict[str, Any] | None, Forward]:
+    """What a file of ONNX says that it takes, and what it computes."""
+    check_onnx(f"{path}:")
+    import onnx
+
+    content = path.read_bytes()
     try:
-        settings = read_settings(run)
+        props = {each.key: each.value for each in onnx.load_from_string(content).metadata_props if each.key in FIELDS}
+        takes = input_of({name: parse_json(text) for name, text in props.items()}) if props else None
+        return takes, run_by_onnx(content)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    except Exception as error:  # noqa: BLE001 - whatever protobuf and onnxruntime raise
+        raise_device_fault(error)
+        raise BadInput(f"{path}: not a readable student ({first_line(error)}); export it again") from None
+
+
+def _in_run(run: Path, device: torch.device) -> Student:
+    """The student of a run, and what config.json says of its data."""
+    student, settings = load_student(run).to(device), read_settings(run)
+    try:
         own, command = settings["data"], settings.get("command", {})
-        how = {key: own[key] for key in HOW}
-        noted = {**{key: command.get(key) for key in WHICH}, **how}
+        takes = input_of(own)
+        noted = {**{key: command.get(key) for key in WHICH}, **takes, "image_size": tuple(takes["image_size"])}
         noted["data"] = command["data"] if "data" in command else settings["data_read"]["name"]
-        noted["image_size"] = tuple(how["image_size"])
-        sizes, numbers = (*noted["image_size"], how["channels"]), (*how["mean"], *how["std"], *own["range"])
-        if not isinstance(noted["data"], str) or not all(type(size) is int for size in sizes):
-            raise TypeError
-        if len(noted["image_size"]) != 2 or len(own["range"]) != 2:
-            raise TypeError
-        if not isinstance(own["digest"], str) or not isinstance(own["dtype"], str):
+        if not isinstance(noted["data"], str) or not isinstance(own["digest"], str):
             raise TypeError
         if not all(noted[key] is None or type(noted[key]) in types for key, types in WHICH.items()):
             raise TypeError
-        if not (how["mean"] and how["std"] and all(type(n) in (int, float) and abs(n) < 1e9 for n in numbers)):
-            raise TypeError
     except (KeyError, TypeError, AttributeError):
         raise BadInput(f"{run / 'config.json'}: not written by n2n-fast run") from None
-    return own, noted
+    except BadInput as error:
+        raise BadInput(f"{run / 'config.json'}: {error}") from None
+    return student, own, noted, device
 
 
 def _differences(own: dict[str, Any], images: ImageData, same: bool) -> list[str]:
@@ -87,7 +120,7 @@ def _differences(own: dict[str, Any], images: ImageData, same: bool) -> list[str
 class _Checked(nn.Module):
     """A student from a file, which can be any program; BadInput where it does not take the images."""
 
-    def __init__(self, student: nn.Module, images: ImageData) -> None:
+    def __init__(self, student: Forward, images: ImageData) -> None:
         super().__init__()
         self._student, self._images = [student], images  # in a list: an exported program has no modes to switch
 

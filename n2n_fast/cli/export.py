@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import json
 import logging
 import operator
 import os
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from n2n_fast.files.errors import BadInput, first_line, raise_device_fault
-from n2n_fast.search.result import exported_program, load_student
+from n2n_fast.search.result import exported_program, load_student, program_bytes
 from n2n_fast.training.distill import median_ms
 
 SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "state-dict": ".pt"}
@@ -95,9 +96,7 @@ def export(
 
 
 def _student(run: Path) -> fx.GraphModule:
-    student = load_student(run).cpu()
-    assert isinstance(student, fx.GraphModule)
-    return student
+    return load_student(run).cpu()
 
 
 def _check(to: str, opset: int | None, static_batch: int | None, fold_bn: bool) -> None:
@@ -106,20 +105,23 @@ def _check(to: str, opset: int | None, static_batch: int | None, fold_bn: bool) 
     if to == "state-dict" and (static_batch is not None or fold_bn):
         raise BadInput("--to state-dict: holds the weights of the student as it is; give --to pt2 or onnx")
     if to == "onnx":
-        try:
-            for package in ("onnx", "onnxscript", "onnxruntime"):
-                __import__(package)
-        except ImportError as error:
-            raise BadInput(f"--to onnx needs {error.name or 'onnx'}: pip install 'n2n_fast[onnx]'") from None
+        check_onnx("--to onnx")
+
+
+def check_onnx(what: str) -> None:
+    """Refuse what needs ONNX where it is not installed."""
+    try:
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            __import__(package)
+    except ImportError as error:
+        raise BadInput(f"{what} needs {error.name or 'onnx'}: pip install 'n2n_fast[onnx]'") from None
 
 
 # The formats: each function writes a file and gives what that computes, read as its readers will read it
 
 
 def _pt2(student: fx.GraphModule, path: Path, static_batch: int | None) -> Forward:
-    file = io.BytesIO()  # torch.export.save goes by the name's ending
-    torch.export.save(_program(student, static_batch), file)
-    path.write_bytes(file.getvalue())
+    path.write_bytes(program_bytes(_program(student, static_batch), student.meta["input"]))
     return torch.export.load(io.BytesIO(path.read_bytes())).module()
 
 
@@ -135,7 +137,6 @@ def _state_dict(student: fx.GraphModule, path: Path) -> Forward:
 def _onnx(student: fx.GraphModule, path: Path, opset: int | None, static_batch: int | None) -> tuple[Forward, int]:
     """What the file computes, and its opset."""
     import onnx
-    import onnxruntime
 
     program = _program(student, static_batch)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
@@ -146,13 +147,24 @@ def _onnx(student: fx.GraphModule, path: Path, opset: int | None, static_batch: 
     except Exception as error:  # noqa: BLE001 - an exporter fails in many ways
         raise_device_fault(error)
         raise BadInput(f"torch.onnx does not take this student ({first_line(error)}); give --to pt2") from None
-    written = next(part.version for part in onnx.load(path).opset_import if part.domain in ("", "ai.onnx"))
+    model = onnx.load(path)
+    written = next(part.version for part in model.opset_import if part.domain in ("", "ai.onnx"))
     if opset not in (None, written):
         raise BadInput(f"--opset {opset}: this student cannot be written so; {written} can be had")
+    for name, value in (student.meta["input"] or {}).items():
+        model.metadata_props.add(key=name, value=json.dumps(value))
+    onnx.save(model, path)
+    return run_by_onnx(path.read_bytes()), int(written)
+
+
+def run_by_onnx(content: bytes) -> Forward:
+    """What a file of ONNX computes, on the CPU."""
+    import onnxruntime
+
     options: Any = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session: Any = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), int(written)
+    session: Any = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 def _program(student: fx.GraphModule, static_batch: int | None) -> torch.export.ExportedProgram:

@@ -338,14 +338,17 @@ def _inspected(options: dict[str, Any]) -> tuple[nn.Module, torch.Tensor]:
 
 
 @cli.command(example="n2n-fast evaluate runs/1")
-@run_argument
-@option("--data SPEC", "Another data set than the run's own.")
+@click.argument("student", metavar="RUN|FILE", type=FILE)
+@option("--data SPEC", "Another data set than the run's own; for a FILE it is needed.")
 @option("--download", "Fetch a missing data set.")
 @device_option
 @json_option
-def evaluate(directory: Path, data: str | None, download: bool, device: torch.device, **options: Any) -> None:
-    """Measure the accuracy of a run's student on the test split of its data, preprocessed as in the run."""
-    content = student_accuracy(directory, data, download, device)
+def evaluate(student: Path, data: str | None, download: bool, device: torch.device, **options: Any) -> None:
+    """Measure the accuracy of a run's student on the test split of its data, preprocessed as in the run.
+
+    FILE: a .pt2 or .onnx file of a student alone, which says itself what images it takes.
+    """
+    content = student_accuracy(student, data, download, device)
     name, uneven = content["data"]["name"], abs(content["accuracy"] - content["balanced_accuracy"]) > 0.01
     balanced = f", balanced {content['balanced_accuracy']:.2%}" if uneven else ""
     text = "{split} accuracy {accuracy:.2%} ± {standard_error:.2%}".format(**content)

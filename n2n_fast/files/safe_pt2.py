@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx
 
 from n2n_fast.files.errors import BadInput, first_line
+from n2n_fast.files.inputs import INPUT, input_from
 from n2n_fast.files.safe_load import WantsCode, check_archive, parse_json, tensors_in
 
 _NAME = re.compile(r"[\w.]*", re.ASCII)
@@ -43,14 +44,21 @@ _REFUSED = ("as_graph", "as_custom_obj", "as_operator")
 _SMALL = 64  # bytes of a member that holds a version or a format
 
 
-def read_student(path: Path) -> nn.Module:
-    """The module of a student.pt2. Raises BadInput for a file that is none, or asks for more than a student needs."""
+def read_student(path: Path) -> fx.GraphModule:
+    """The module of a student.pt2; its meta["input"] says what it takes, or None.
+
+    Raises BadInput for a file that is none, or asks for more than a student needs.
+    """
     try:
         content = path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             check_archive(archive, len(content))
-            clean = _made_anew({name: archive.read(name) for name in archive.namelist()})
-        return _loaded(clean)
+            members = {name: archive.read(name) for name in archive.namelist()}
+        told = next((members.pop(name) for name in list(members) if name.endswith(f"/{INPUT}")), None)
+        takes = None if told is None else input_from(told)
+        student = _loaded(_made_anew(members))
+        student.meta["input"] = takes
+        return student
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     except OSError as error:
@@ -61,14 +69,15 @@ def read_student(path: Path) -> nn.Module:
         raise BadInput(f"{path}: not a readable student ({first_line(error)}); run the search again") from None
 
 
-def _loaded(content: bytes) -> nn.Module:
+def _loaded(content: bytes) -> fx.GraphModule:
     log = logging.getLogger("torch.export")
     before = log.level
     log.setLevel(logging.CRITICAL)  # it logs a traceback before it raises
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            student: nn.Module = torch.export.load(io.BytesIO(content)).module()
+            student = torch.export.load(io.BytesIO(content)).module()
+            assert isinstance(student, fx.GraphModule)
             student.eval = types.MethodType(lambda self: self, student)  # type: ignore[method-assign] # torch refuses it
     finally:
         log.setLevel(before)

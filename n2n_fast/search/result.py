@@ -1,8 +1,9 @@
 """The end of a stage and of a search: the best trained fully, then measured once, and written."""
 
 import io
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from n2n_fast.files.errors import BadInput, check_type, first_line, raise_device_fault
+from n2n_fast.files.inputs import FIELDS, INPUT
 from n2n_fast.files.safe_pt2 import read_student
 from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.student import independent_copy
@@ -107,15 +109,14 @@ def finish(search: Search, student: nn.Module) -> Result:
     directory.write_tensors("policies.pt", {stage.name: stage.policy.state_dict() for stage in search.stages})
     directory.write_json("architecture.json", [_described(stage) for stage in search.stages])
     directory.write_tensors("student.pt", saved.state_dict())
-    inputs = ("image_size", "channels", "mean", "std", "classes")
-    directory.write_json("student.json", {name: table["data"][name] for name in inputs})
+    takes = {name: table["data"][name] for name in FIELDS}
+    directory.write_json(INPUT, takes)
     points = [point for stage in search.stages for point in _points(stage)]
     directory.write_json("front.json", {by: [asdict(p) for p in front(points, by)] for by in ("params", "macs")})
     index = torch.arange(2, device=data.validation.labels.device) % len(data.validation)
     example = data.validation.batch(index)[0].cpu()
     try:
-        torch.export.save(exported_program(saved.eval(), example), file := io.BytesIO())
-        directory.write("student.pt2", file.getvalue())
+        directory.write("student.pt2", program_bytes(exported_program(saved.eval(), example), takes))
     except Exception as error:  # noqa: BLE001 - what a leaf's own code raises; nothing else may be lost by it
         raise_device_fault(error)
         progress.message(
@@ -193,14 +194,22 @@ def exported_program(student: nn.Module, example: Tensor, any_batch: bool = True
     return torch.export.export(student, (example.contiguous(),), dynamic_shapes=shapes)
 
 
-def load_student(run: str | os.PathLike[str]) -> nn.Module:
-    """The student of a run directory, ready for inference; needs neither the teacher nor its class.
+def program_bytes(program: torch.export.ExportedProgram, takes: Mapping[str, Any] | None) -> bytes:
+    """A .pt2 file that says what its program takes."""
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={} if takes is None else {INPUT: json.dumps(takes)})
+    return file.getvalue()
 
-    Takes images (N, C, H, W) preprocessed as the teacher's. No code in the file is run. Raises BadInput where there is
-    no finished run, or a student that is damaged or asks for more than operators on tensors.
+
+def load_student(run: str | os.PathLike[str]) -> fx.GraphModule:
+    """The student of a run directory or in a .pt2 file, ready for inference; needs neither the teacher nor its class.
+
+    Takes images (N, C, H, W) preprocessed as the teacher's; meta["input"] of it says how, and what its classes are. No
+    code in the file is run. Raises BadInput where there is no finished run, or a student that is damaged or asks for
+    more than operators on tensors.
     """
     check_type("run", run, str | os.PathLike, "the path of a run directory")
-    path = Path(run) / "student.pt2"
+    path = Path(run) if Path(run).is_file() else Path(run) / "student.pt2"
     if not path.is_file():
         raise BadInput(f"{run}: no student.pt2 in it; give the directory of a finished run")
     return read_student(path)

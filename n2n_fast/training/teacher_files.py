@@ -1,7 +1,6 @@
 """Teachers in files of torch.save: out of their wrappers, in the architecture that is asked for or inferred."""
 
 import importlib
-import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from n2n_fast.files.errors import BadInput, described, raise_device_fault
+from n2n_fast.files.inputs import input_of
 from n2n_fast.files.safe_load import WantsCode, parse_json, read_tensors, read_trusted
 from n2n_fast.networks.tracing import unwrapped
 from n2n_fast.training.architectures import differences, infer_architecture, options_for, shapes_of
@@ -69,15 +69,10 @@ def made_from(path: str | Path, model: nn.Module) -> dict[str, Any] | None:
 def _is_description(data: Any) -> bool:
     """Whether it has what can be relied on in a description of data."""
     try:
-        sizes, numbers = (*data["image_size"], data["channels"]), (*data["mean"], *data["std"])
-        texts = (data["name"], data["digest"], *data["classes"])
-    except (KeyError, TypeError):
+        input_of(data)
+    except BadInput:
         return False
-    return (
-        all(type(size) is int and size > 0 for size in sizes)
-        and all(type(number) in (int, float) and abs(number) < math.inf for number in numbers)
-        and all(isinstance(text, str) for text in texts)
-    )
+    return isinstance(data.get("name"), str) and isinstance(data.get("digest"), str)
 
 
 def _read(path: str | Path, allow_pickle: bool) -> Any:
