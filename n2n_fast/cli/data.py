@@ -13,6 +13,7 @@ DIGITS = "digits"
 DIGITS_VALIDATION = 0.2
 SPECS = "digits, cifar10:DIR, cifar100:DIR, svhn:DIR, fashion-mnist:DIR, imagefolder:DIR or npz:FILE."
 LONGEST = 5  # digits of a height or width
+APART = 0.5  # by which share of its range images may reach beyond those expected, or not so far
 NAMES_SHOWN = 3  # of the first and of the last classes
 
 data_option = option("--data SPEC", SPECS, default=DIGITS, show_default=True)
@@ -71,6 +72,27 @@ def whole_spec(spec: str) -> str:
     """A spec that means the same in any directory."""
     kind, colon, path = spec.partition(":")
     return f"{kind}:{Path(path).expanduser().absolute()}" if colon else spec
+
+
+def tell_data(images: ImageData) -> None:
+    """Say on stderr what data were taken to be."""
+    click.echo("\n".join(data_lines(images.described())), err=True)
+
+
+def other_pixels(there: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """What tells images apart that reach, once normalised, over another range than others; both as described."""
+    (low, high), (least, most) = (
+        [(end / unit - of["mean"][0]) / of["std"][0] for end in of["range"]]
+        for of, unit in ((of, 255 if of["dtype"] == "uint8" else 1) for of in (there, here))
+    )
+    if max(abs(low - least), abs(high - most)) <= APART * (high - low):
+        return None
+    text, of_theirs = (
+        f"{of['dtype']} in {of['range'][0]:.4g}..{of['range'][1]:.4g}, normalised by mean {of['mean'][0]:.3f}, "
+        f"deviation {of['std'][0]:.3f}"
+        for of in (here, there)
+    )
+    return f"pixels are {text}; expected {of_theirs}"
 
 
 def data_lines(described: dict[str, Any]) -> list[str]:

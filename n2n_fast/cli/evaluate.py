@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from n2n_fast.cli.data import read_data
+from n2n_fast.cli.data import other_pixels, read_data, tell_data
 from n2n_fast.cli.export import Forward, check_onnx, run_by_onnx
 from n2n_fast.files.errors import BadInput, first_line, raise_device_fault
 from n2n_fast.files.inputs import FIELDS, input_of
@@ -38,6 +38,7 @@ def student_accuracy(run: Path, data: str | None, download: bool, device: torch.
     images = read_data(options, own["channels"])
     if list(images.class_names) != own["classes"] and sorted(images.class_names) == sorted(own["classes"]):
         images = read_data({**options, "class_order": own["classes"]}, own["channels"])
+    tell_data(images)
     split, name = (images.validation, "validation") if images.test is None else (images.test, "test")
     found = answers(_Checked(student, images), split, images.classes)
     return {
@@ -107,11 +108,8 @@ def _differences(own: dict[str, Any], images: ImageData, same: bool) -> list[str
     """How images differ from those of the run; same: they should be these very ones."""
     if same:
         return [] if own["digest"] == images.digest else ["the images are not those of the run"]
-    here, lines = images.described(), []
-    (low, high), (least, most) = own["range"], here["range"]
-    if own["dtype"] != here["dtype"] or high - low > 2 * (most - least) or most - least > 2 * (high - low):
-        there = f"{own['dtype']} in {low:.4g}..{high:.4g}"
-        lines.append(f"pixels are {here['dtype']} in {least:.4g}..{most:.4g}, where the run had {there}")
+    here = images.described()
+    lines = [f"{text} as in the run"] if (text := other_pixels(own, here)) else []
     if own.get("classes") != here["classes"]:
         lines.append("the classes have other names than in the run, or another order")
     return lines

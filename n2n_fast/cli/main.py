@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from n2n_fast.cli import report, tables
-from n2n_fast.cli.data import DIGITS, data_lines, data_option, image_options, read_data, whole_spec
+from n2n_fast.cli.data import DIGITS, data_option, image_options, other_pixels, read_data, tell_data, whole_spec
 from n2n_fast.cli.evaluate import student_accuracy
 from n2n_fast.cli.export import SUFFIXES, export
 from n2n_fast.cli.options import (
@@ -248,6 +248,8 @@ def _teacher_and_data(options: dict[str, Any], seed: int) -> tuple[nn.Module, Im
             options[name] = options[name] or seen.get(name)
         images = _read(options, teachers.input_channels(model))
         trained_on = seen.get("digest")
+        if seen and (text := other_pixels(seen, images.described())):
+            click.echo(f"warning: {text} as in the teacher's training", err=True)
     return model, images, trained_on
 
 
@@ -384,7 +386,7 @@ def _read(options: dict[str, Any], channels: int | None) -> ImageData:
     """The data that the options name; says what they were taken to be, before anything is computed."""
     images = read_data(options, channels)
     if not options.get("quiet"):
-        click.echo("\n".join(data_lines(images.described())), err=True)
+        tell_data(images)
     return images
 
 

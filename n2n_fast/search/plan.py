@@ -50,7 +50,7 @@ def plan(reference: Reference, data: ImageData, config: SearchConfig) -> dict[st
         "training_steps": steps,
         "step_seconds": step,
         "seconds": rollouts * rollout + steps * step,
-        "warnings": list(space.warnings),
+        "warnings": reference.warnings,
     }
 
 

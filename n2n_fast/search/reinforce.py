@@ -65,7 +65,7 @@ def compress(
         executor = stack.enter_context(contextlib.closing(RayExecutor(workers) if workers else Executor()))
         how = resume, policies, command, trained_on, progress.stopping
         directory, reference, trained = stack.enter_context(prepared(teacher, data, config, out, *how))
-        for line in reference.summary:
+        for line in (reference.summary, *(f"warning: {text}" for text in reference.warnings)):
             progress.message(line)
         directory.begin()
         shared = config, data, reference, reference.limits(config), directory, progress, executor

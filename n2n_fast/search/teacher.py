@@ -69,19 +69,22 @@ class Reference:
         return self.answers.accuracy
 
     @property
-    def summary(self) -> list[str]:
-        """What it is, a line each; what it may have seen."""
+    def summary(self) -> str:
+        """What it is, in a line."""
         timed = "" if self.cost.latency is None else f", {self.cost.latency:.2f} ms"
-        lines = [f"warning: {warning}" for warning in self.space.warnings]
-        lines.append(f"teacher: {self.cost.params:,} params{timed}, validation accuracy {self.answers}")
-        if self.remembered is not None:
-            lines.append(
-                f"warning: the teacher may have been trained on the {' and '.join(self.doubts)} images, which were cut "
-                f"from the training images: it has {self.accuracy:.2%} there and "
-                f"{self.remembered.accuracy:.2%} on training images; if it was, give --validation and --test "
-                "with images that it has not seen"
-            )
-        return lines
+        return f"teacher: {self.cost.params:,} params{timed}, validation accuracy {self.answers}"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What of it is not understood, and what it may have seen."""
+        if self.remembered is None:
+            return list(self.space.warnings)
+        doubt = (
+            f"the teacher may have been trained on the {' and '.join(self.doubts)} images, which were cut from the "
+            f"training images: it has {self.accuracy:.2%} there and {self.remembered.accuracy:.2%} on training images; "
+            "if it was, give --validation and --test with images that it has not seen"
+        )
+        return [*self.space.warnings, doubt]
 
     def limits(self, config: SearchConfig) -> Constraints:
         """The limits on students, that on the drop of accuracy below the teacher's among them."""
