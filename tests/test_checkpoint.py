@@ -104,6 +104,8 @@ def test_directories_that_cannot_be_used_are_refused(run, tmp_path):
     refused(r"cannot be written \(.*\); give another --out", RunDirectory(tmp_path / "file" / "run", SETTINGS))
     with resumed(run):
         refused("another process works on", resumed(run))
+    other = {**SETTINGS, "data": {"mean": [0.5] * 99}}
+    refused(r"configuration: data.mean \(\[0.5\] there, \[0.5, [^]]* here\); give", resumed(run, other))
     other = {**SETTINGS, "updates": 4, "seed": 1, "command": {}}
     refused(r"configuration: seed \(None there, 1 here\), updates \(3 there, 4 here\); give", resumed(run, other))
     (run / "history.jsonl").write_bytes(b"")
@@ -129,6 +131,13 @@ def test_what_did_not_begin_leaves_no_trace(tmp_path, there):
         assert (tmp_path / "runs" / "1").exists()
     refused("no run to resume", resumed(tmp_path / "runs" / "1"))
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == set(there) - {"runs/1/.lock"}
+
+
+def test_a_way_round_leads_to_no_directory_that_is_in_use(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "history.jsonl").write_bytes(b"precious")
+    refused("is not empty", RunDirectory(tmp_path / "runs" / ".." / "mine", SETTINGS))
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "history.jsonl"]
 
 
 def test_each_run_that_names_no_directory_gets_another(tmp_path):

@@ -64,7 +64,7 @@ def contents(place):
         ("e/student.pt", "e", "e: is not empty, student.pt is in it; give another --out"),
         ("e/history.jsonl", "e", "e: is not empty, history.jsonl is in it"),
         ("e/config.json", "e", "e: holds a run already"),
-        ("e", "e", "e: cannot be written (Not a directory)"),
+        ("e", "e", "e: cannot be written (File exists)"),
         ("e", "e/f/g", "e/f/g: cannot be written (Not a directory)"),
         ("e", "", "an empty path"),
     ],

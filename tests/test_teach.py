@@ -256,7 +256,7 @@ def test_a_signal_ends_another_process_with_130(stop, place):
         ("--channels 3", "channels (1 there, 3 here)"),
         (
             "--image-size 16",
-            "augmentation ({'crop': 1, 'flip': False} there, {'crop': 2, 'flip': False} here), image_s",
+            "augmentation.crop (1 there, 2 here), image_size ([8, 8] there, [16, 16] here)",
         ),
         ("--std 0.5", "std ("),
     ],

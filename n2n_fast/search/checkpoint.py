@@ -20,7 +20,7 @@ from n2n_fast.files.whole import aside, try_writing, write_json, write_tensors, 
 CHECKPOINT, HISTORY, TRAINING, SETTINGS = "checkpoint.pt", "history.jsonl", "training.pt", "config.json"
 LOCK = ".lock"
 SECONDS_BETWEEN = 30.0  # two checkpoints of a training
-SHOWN_KEYS = 5
+SHOWN_KEYS, SHOWN = 5, 60  # of settings that differ, and the characters of each value
 
 
 class Interrupted(KeyboardInterrupt):
@@ -172,9 +172,10 @@ def reserved(path: Path, resume: bool = False) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         with writing(path):
+            if not resume:
+                stack.callback(_remove_unbegun, path, _missing(path))
+                path.mkdir(parents=True, exist_ok=True)  # first: where nothing was, a/../b may now be b
             _check_content(path, resume)
-            stack.callback(_remove_unbegun, path, _missing(path))
-            path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(path / LOCK, path))
             try_writing(path)
         yield
@@ -233,7 +234,7 @@ def _check_content(path: Path, resume: bool) -> None:
         return
     if begun:
         raise BadInput(f"{path}: holds a run already; give another --out, or go on with --resume {path}")
-    names = sorted(file.name for file in path.iterdir() if not _is_leftover(file)) if os.path.lexists(path) else []
+    names = sorted(file.name for file in path.iterdir() if not _is_leftover(file))
     if names:
         raise BadInput(f"{path}: is not empty, {names[0]} is in it; give another --out")
 
@@ -275,8 +276,16 @@ def _check_settings(path: Path, here: Mapping[str, Any]) -> None:
 
 def check_same(there: Mapping[str, Any], here: Mapping[str, Any], file: Path) -> None:
     """Raise BadInput that names the settings in `file` which differ from those here."""
-    names = sorted({*there, *here})
-    other = [f"{n} ({there.get(n)!r} there, {here.get(n)!r} here)" for n in names if there.get(n) != here.get(n)]
-    if other:
-        shown = ", ".join(other[:SHOWN_KEYS]) + (", ..." if len(other) > SHOWN_KEYS else "")
-        raise BadInput(f"{file}: made by another configuration: {shown}; give the same settings")
+    old, new = _flat(there), _flat(here)
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    if names:
+        other = [f"{n} ({old.get(n)!r:.{SHOWN}} there, {new.get(n)!r:.{SHOWN}} here)" for n in names[:SHOWN_KEYS]]
+        more = ", ..." if len(names) > SHOWN_KEYS else ""
+        raise BadInput(f"{file}: made by another configuration: {', '.join(other)}{more}; give the same settings")
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with those within one as "data.mean"."""
+    plain = {name: value for name, value in settings.items() if not isinstance(value, dict)}
+    within = (item for item in settings.items() if isinstance(item[1], dict))
+    return {**plain, **{f"{name}.{key}": value for name, inner in within for key, value in inner.items()}}
