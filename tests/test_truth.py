@@ -96,6 +96,7 @@ def test_a_teacher_from_elsewhere_may_have_seen_everything(place):
     assert "may have been trained on the validation and test images" in err
     assert "may have been trained" in output("run", "--teacher", foreign, "--data", "imagefolder:set", "--dry-run")
     assert result["teacher"]["may_have_seen"] == ["validation", "test"]
+    assert "* the teacher may have been trained on the validation and test" in Path("run/report.html").read_text()
     shutil.rmtree("run")
     folders(labels[:40], "abcd", place / "set" / "Valid")
     result, err = run("--teacher", foreign, "--data", "imagefolder:set")

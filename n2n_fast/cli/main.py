@@ -213,7 +213,8 @@ def _conclude(result: Result, as_json: bool, seconds: float) -> int:
     _tell(as_json, {"out": str(result.out), **result.table}, text)
     if result.feasible:
         return 0
-    missed = ", ".join(f"{name} by {gap:.1%}" for name, gap in result.table["gaps"].items())
+    gaps = {name.replace("accuracy", "validation accuracy"): gap for name, gap in result.table["gaps"].items()}
+    missed = ", ".join(f"{name} by {gap:.1%}" for name, gap in gaps.items())
     click.echo(f"no student met the limits; the nearest was saved, it misses {missed}", err=True)
     return INFEASIBLE
 

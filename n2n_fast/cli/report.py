@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from n2n_fast.cli.data import data_lines
-from n2n_fast.cli.tables import Rows, percent, result_rows, result_table
+from n2n_fast.cli.tables import Rows, doubts, percent, result_rows, result_table
 from n2n_fast.files.errors import BadInput, first_line
 from n2n_fast.files.safe_load import parse_json
 from n2n_fast.files.whole import write_whole
@@ -321,7 +321,7 @@ def _page(run: Run, drawn: bytes) -> str:
         body.append("<p>This run is not finished yet.</p>")
     else:
         body += ["<h2>Teacher and student</h2>", _html_table(result_rows(run.table))]
-        data = "\n".join(data_lines(run.table["data"]))
+        data = "\n".join([*doubts(run.table), *data_lines(run.table["data"])])
         body.append(f"<pre>{html.escape(data)}</pre>")
     source = base64.b64encode(drawn).decode()
     body.append(f'<img alt="rewards, accuracies and layers of the run" src="data:image/png;base64,{source}">')

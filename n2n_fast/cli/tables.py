@@ -12,11 +12,13 @@ Rows = list[tuple[str, ...]]
 
 def result_table(table: dict[str, Any]) -> str:
     """The final table of result.json as aligned text: teacher and student side by side."""
-    text = _aligned(result_rows(table))
+    return "\n".join([_aligned(result_rows(table)), *doubts(table)])
+
+
+def doubts(table: dict[str, Any]) -> list[str]:
+    """What the marks in the table mean, if there are any."""
     seen = table["teacher"].get("may_have_seen", ())
-    if not seen:
-        return text
-    return f"{text}\n* the teacher may have been trained on the {' and '.join(seen)} images"
+    return [f"* the teacher may have been trained on the {' and '.join(seen)} images"] if seen else []
 
 
 def result_rows(table: dict[str, Any]) -> Rows:
