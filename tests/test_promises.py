@@ -90,6 +90,17 @@ def test_a_run_that_fails_before_it_begins_leaves_nothing(place, inputs):
     assert contents(place) == {}
 
 
+def test_a_run_that_is_stopped_before_it_begins_leaves_nothing(place):
+    process = subprocess.Popen(command("run"), stderr=subprocess.PIPE, text=True)
+    while not (place / "runs" / "1").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate()[1].endswith("interrupted\n")
+    assert process.returncode == 130
+    assert list(place.iterdir()) == []
+
+
 def test_export_replaces_its_own_file_alone(tiny_run, place):
     run = shutil.copytree(tiny_run, place / "run")
     for _ in range(2):

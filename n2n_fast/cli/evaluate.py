@@ -11,7 +11,7 @@ from n2n_fast.cli.export import Forward, check_onnx, run_by_onnx
 from n2n_fast.files.errors import BadInput, first_line, raise_device_fault
 from n2n_fast.files.inputs import FIELDS, input_of
 from n2n_fast.files.safe_load import parse_json
-from n2n_fast.search.checkpoint import read_settings
+from n2n_fast.search.checkpoint import SETTINGS, read_settings
 from n2n_fast.search.result import load_student
 from n2n_fast.training.answers import answers
 from n2n_fast.training.data import ImageData
@@ -31,7 +31,7 @@ def student_accuracy(run: Path, data: str | None, download: bool, device: torch.
     run, and its classes numbered so where they have the same names. warnings: how they differ from the run's. Raises
     BadInput.
     """
-    student, own, noted, device = _in_file(run, device) if run.is_file() else _in_run(run, device)
+    student, own, noted, device = (_in_run if (run / SETTINGS).is_file() else _in_file)(run, device)
     if data is None and "data" not in noted:
         raise BadInput(f"{run}: is a student alone; give its data too, --data SPEC")
     options = {**noted, "data": data or noted["data"], "download": download, "device": device}
@@ -98,9 +98,9 @@ def _in_run(run: Path, device: torch.device) -> Student:
         if not all(noted[key] is None or type(noted[key]) in types for key, types in WHICH.items()):
             raise TypeError
     except (KeyError, TypeError, AttributeError):
-        raise BadInput(f"{run / 'config.json'}: not written by n2n-fast run") from None
+        raise BadInput(f"{run / SETTINGS}: not written by n2n-fast run") from None
     except BadInput as error:
-        raise BadInput(f"{run / 'config.json'}: {error}") from None
+        raise BadInput(f"{run / SETTINGS}: {error}") from None
     return student, own, noted, device
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ SHOWN = ("objective", "max_params", "max_macs", "max_latency", "min_accuracy", "
 
 def main() -> None:
     """Run the command line; every foreseen failure is one line on stderr."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing half made stays
     with lasting_streams():
         _run_and_exit()
 

@@ -88,9 +88,9 @@ def prepared(
     teacher = unwrapped(teacher)
     trained = {} if policies is None else read_policies(Path(policies))
     with RunDirectory(Path(out), _settings(teacher, data, config, command), resume, stopping) as directory:
-        check_room(directory.path, teacher.state_dict(), sum(file.stat().st_size for file in directory.path.iterdir()))
+        check_room(directory.path, teacher.state_dict(), sum(file.lstat().st_size for file in directory.path.iterdir()))
         reference = Reference.of(teacher, data, config, trained_on)
-        for stage in trained.keys() & set(STAGES[config.stages]):
+        for stage in STAGES[config.stages]:  # refuses one that does not fit
             new_policy(stage, reference.space.features().shape[1], config, trained)
         yield directory, reference, trained
 
