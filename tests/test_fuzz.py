@@ -67,6 +67,8 @@ def test_whatever_lies_behind_the_checkpoint_is_cut_off_unread(tmp_path, lines, 
     known = history.read_bytes()
     history.write_bytes(known + garbage)
     with RunDirectory(path, {}, resume=True) as directory:
+        assert history.read_bytes() == known + garbage  # as long as nothing begins
+        directory.begin()
         assert history.read_bytes() == known
         directory.log({"line": "another"})
     *before, last = map(json.loads, history.read_text().splitlines())
