@@ -1,6 +1,5 @@
 """Params and MACs of every architecture of a teacher, without building it."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,13 +36,15 @@ class Costs:
         self.params = sum(value.numel() for name, value in traced.named_parameters() if name in read)
         self.macs = 0
 
-    def of(self, keep: Sequence[bool], widths: Sequence[int], kernels: Sequence[tuple[int, ...]]) -> tuple[int, int]:
-        """(params, MACs for one image) of an architecture."""
+    def of(self, keep: Sequence[bool], widths: np.ndarray, kernels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(params, MACs for one image), (N,) each, of N architectures that keep the same layers.
+
+        widths: (N, groups); kernels: elements of each layer's kernel, (N, layers).
+        """
         groups = self._groups
-        width = np.append(groups.occurrences @ np.asarray(widths, dtype=np.int64), 0)  # axis -1: no channels
-        kernel = np.array([math.prod(k) for k in kernels], dtype=np.int64)
-        out = width[groups.out_axis]
-        pairs = self._per_pair * out * np.where(self.dense, width[groups.in_axis], 1) * kernel
+        width = np.pad(widths @ groups.occurrences.T, ((0, 0), (0, 1)))  # axis -1: no channels
+        out = width[:, groups.out_axis]
+        pairs = self._per_pair * out * np.where(self.dense, width[:, groups.in_axis], 1) * kernels
         kept = np.asarray(keep, dtype=bool)
-        params = int((pairs + self._per_channel * out + self._constant)[kept].sum()) + self.params
-        return params, int((pairs * self._positions)[kept].sum()) + self.macs
+        params = (pairs + self._per_channel * out + self._constant)[:, kept].sum(1) + self.params
+        return params, (pairs * self._positions)[:, kept].sum(1) + self.macs

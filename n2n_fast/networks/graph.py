@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,8 +53,8 @@ class TracedTeacher(ChannelGroups):
             self._count_what_is_not_understood()
         self._note_what_fitting_needs(labels)
 
-    def cost(self, keep: Sequence[bool], widths: Sequence[int], kernels: Sequence[tuple[int, ...]]) -> tuple[int, int]:
-        """(params, MACs for one image) of an architecture, without building it."""
+    def cost(self, keep: Sequence[bool], widths: np.ndarray, kernels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(params, MACs for one image) of architectures, without building them; see `Costs.of`."""
         return self._costs.of(keep, widths, kernels)
 
     def _count_what_is_not_understood(self) -> None:
@@ -62,9 +63,9 @@ class TracedTeacher(ChannelGroups):
 
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.module(self.example[:1])
-        kernels = [kernel_size(module) for module in self.modules]
-        _, understood = self.cost([True] * len(self.names), self.sizes.tolist(), kernels)
-        self._costs.macs = counter.get_total_flops() // 2 - understood
+        kernels = np.array([[math.prod(kernel_size(module)) for module in self.modules]])
+        _, understood = self.cost([True] * len(self.names), self.sizes[None], kernels)
+        self._costs.macs = counter.get_total_flops() // 2 - int(understood[0])
 
     def _note_what_fitting_needs(self, labels: ChannelLabels) -> None:
         index = {name: i for i, name in enumerate(self.names) if isinstance(self.modules[i], BATCH_NORMS)}

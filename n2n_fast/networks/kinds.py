@@ -1,5 +1,6 @@
 """Kinds of modules, and the kernels of those that have one."""
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -71,6 +72,7 @@ def smallest_kernel(module: nn.Module) -> tuple[int, ...]:
     return tuple(max(1, k - 2 * (p // d)) if k % 2 else k for k, p, d in sizes)
 
 
+@functools.lru_cache(maxsize=4096)
 def crop(kernel: tuple[int, ...], smallest: tuple[int, ...], ratio: float) -> tuple[int, ...]:
     """`kernel` shrunk by `ratio` in each dimension, rounded and then down to an odd size, at least `smallest`."""
     sizes = (max(s, round(k * ratio)) for k, s in zip(kernel, smallest, strict=True))

@@ -12,7 +12,7 @@ from n2n_fast.files.errors import DegenerateArchitecture
 from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.graph import TracedTeacher
 from n2n_fast.networks.kinds import KINDS, crop, smallest_kernel
-from n2n_fast.networks.widths import WidthClasses
+from n2n_fast.networks.widths import WidthClass, WidthClasses
 
 NARROWEST = 1e-4  # factor of ratios, which leaves one channel everywhere
 HALVINGS = 12  # of the logarithms of the factors that are possible
@@ -62,16 +62,7 @@ class Transitions:
         channels, kernels: ratios in (0, 1] of those of `arch`, one per layer. The first kept layer that writes a group
         decides its width; a kernel is cropped to an odd size; other entries are ignored.
         """
-        self._check(arch)
-        self._check_ratios("channels", channels)
-        widths, sizes = list(arch.widths), list(arch.kernels)
-        for tied in self.classes.of(arch.keep):
-            if tied.writers:
-                tied.set(widths, tied.shrunk(tied.number(widths), channels[tied.writers[0]], self.round_to))
-        if kernels is not None:
-            self._check_ratios("kernels", kernels)
-            sizes = [crop(*layer) for layer in zip(sizes, self._smallest, kernels, strict=True)]
-        return self._architecture(arch.keep, tuple(widths), tuple(sizes))
+        return self.shrink_within(arch, channels, kernels)
 
     def shrink_within(
         self,
@@ -88,26 +79,35 @@ class Transitions:
         The factor is at most 1; with `grow` a student below the limits is made wider too, as far as the ratios' order
         allows. Where even the narrowest student is too large, that one.
         """
+        rows = [channels], None if kernels is None else [kernels]
+        return self.shrink_all_within(arch, *rows, params=params, macs=macs, grow=grow)[0]
 
-        def scaled(factor: float) -> Architecture:
-            return self.shrink(arch, [min(1.0, ratio * factor) for ratio in channels], kernels)
-
-        def fits(student: Architecture) -> bool:
-            return (params is None or student.params <= params) and (macs is None or student.macs <= macs)
-
-        best, largest = self.shrink(arch, channels, kernels), 1.0  # which checks the ratios
-        if grow:
-            largest = 1 / min(channels)
-            best = scaled(largest)
-        if fits(best):
-            return best
-        low, high = math.log(NARROWEST), math.log(largest)
-        best = scaled(NARROWEST)
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            student = scaled(math.exp(middle))
-            low, high, best = (middle, high, student) if fits(student) else (low, middle, best)
-        return best
+    def shrink_all_within(
+        self,
+        arch: Architecture,
+        channels: Sequence[Sequence[float]],
+        kernels: Sequence[Sequence[float]] | None = None,
+        *,
+        params: int | None = None,
+        macs: int | None = None,
+        grow: bool = False,
+    ) -> list[Architecture]:
+        """`shrink_within` for each row of ratios, all at once: a policy imagines thousands of students."""
+        self._check(arch)
+        self._check_ratios("channels", channels)
+        sizes = [arch.kernels] * len(channels)
+        if kernels is not None:
+            self._check_ratios("kernels", kernels)
+            sizes = [
+                tuple(crop(*layer) for layer in zip(arch.kernels, self._smallest, row, strict=True)) for row in kernels
+            ]
+        ratios = np.array(channels, dtype=np.float64)
+        students = _Shrunk(self._traced, self.classes.of(arch.keep), arch, ratios, sizes, self.round_to)
+        widths, costs = students.within(params, macs, 1 / ratios.min(1) if grow else np.ones(len(ratios)))
+        return [
+            self._architecture(arch.keep, tuple(row), kernel, tuple(cost))
+            for row, kernel, cost in zip(widths.tolist(), sizes, costs.T.tolist(), strict=True)
+        ]
 
     def choices(self, arch: Architecture) -> tuple[list[bool], list[bool]]:
         """Which layers' channel ratios and which layers' kernel ratios change anything in `shrink`."""
@@ -144,6 +144,25 @@ class Transitions:
         channels = self._traced.occurrences @ np.array(arch.widths, dtype=np.int64)
         return [int(channels[axis]) if axis >= 0 else None for axis in self._traced.out_axis]
 
+    def coordinates(self, archs: Sequence[Architecture]) -> list[Tensor]:
+        """What is known of N architectures without building them, (N, n) each, float64.
+
+        Logarithms of their shares of the teacher's widths, of its kernels' elements and of its params and MACs; and
+        which layers are kept, 1 or 0.
+        """
+        wide = (self._traced.sizes > 1) & ~np.array(self._traced.pinned)
+        croppable = [i for i, layer in enumerate(self.layers) if layer.kernel_size != self._smallest[i]]
+        removable = [i for i, layer in enumerate(self.layers) if layer.removable]
+        widths = np.array([arch.widths for arch in archs])[:, wide] / self._traced.sizes[wide]
+        elements = _elements([arch.kernels for arch in archs]) / _elements([self.teacher.kernels])
+        costs = np.array([(arch.params, arch.macs) for arch in archs]) / (
+            self.teacher.params,
+            max(1, self.teacher.macs),
+        )
+        kept = np.array([arch.keep for arch in archs], dtype=np.float64)[:, removable]
+        logs = (np.log(part) for part in (widths, elements[:, croppable], np.maximum(costs, 1e-9)))
+        return [torch.from_numpy(part) for part in (*logs, kept)]
+
     def features(self) -> Tensor:
         """x_t of every layer, (layers, features) float32: kind as one-hot, sizes on a logarithmic scale."""
         rows = []
@@ -165,12 +184,20 @@ class Transitions:
         return arch
 
     def _architecture(
-        self, keep: tuple[bool, ...], widths: tuple[int, ...], kernels: tuple[tuple[int, ...], ...]
+        self,
+        keep: tuple[bool, ...],
+        widths: tuple[int, ...],
+        kernels: tuple[tuple[int, ...], ...],
+        cost: tuple[int, int] | None = None,
     ) -> Architecture:
+        """cost: params and MACs, where they are known."""
         # the kernel of a removed layer means nothing: equal networks are equal architectures
         layers = zip(kernels, keep, self.layers, strict=True)
         kernels = tuple(size if kept else layer.kernel_size for size, kept, layer in layers)
-        return Architecture(keep, widths, kernels, *self._traced.cost(keep, widths, kernels))
+        if cost is None:
+            params, macs = self._traced.cost(keep, np.array([widths]), _elements([kernels]))
+            cost = int(params[0]), int(macs[0])
+        return Architecture(keep, widths, kernels, *cost)
 
     def _check(self, arch: Architecture) -> None:
         """Raise ValueError for an architecture of another number of layers or groups."""
@@ -185,11 +212,70 @@ class Transitions:
         if len(values) != len(self.layers):
             raise ValueError(f"{name}: expected {len(self.layers)} entries, one per layer, got {len(values)}")
 
-    def _check_ratios(self, name: str, ratios: Sequence[float]) -> None:
-        self._check_length(name, ratios)
-        for i, ratio in enumerate(ratios):
-            if not 0 < ratio <= 1:
-                raise ValueError(f"{name}[{i}]: expected a ratio in (0, 1], got {ratio}")
+    def _check_ratios(self, name: str, rows: Sequence[Sequence[float]]) -> None:
+        for ratios in rows:
+            self._check_length(name, ratios)
+            for i, ratio in enumerate(ratios):
+                if not 0 < ratio <= 1:
+                    raise ValueError(f"{name}[{i}]: expected a ratio in (0, 1], got {ratio}")
+
+
+class _Shrunk:
+    """N students of one architecture that keep the same layers, their ratios times a factor each."""
+
+    def __init__(
+        self,
+        traced: TracedTeacher,
+        classes: Sequence[WidthClass],
+        arch: Architecture,
+        ratios: np.ndarray,
+        kernels: Sequence[tuple[tuple[int, ...], ...]],
+        round_to: int,
+    ) -> None:
+        """ratios: (N, layers); kernels: N times one per layer."""
+        classes = [tied for tied in classes if tied.writers]
+        self._cost, self._keep, self._kernels = traced.cost, arch.keep, _elements(kernels)
+        self._whole = np.array(arch.widths, dtype=np.int64)
+        self._ratios = ratios[:, [tied.writers[0] for tied in classes]]
+        self._numbers = np.array([tied.number(arch.widths) for tied in classes], dtype=np.int64)
+        self._steps = np.array([tied.step(round_to) for tied in classes], dtype=np.int64)
+        members = [(g, place, factor) for place, tied in enumerate(classes) for g, factor in tied.factors.items()]
+        self._groups, self._class, self._factors = np.array(members, dtype=np.int64).reshape(-1, 3).T
+
+    def scaled(self, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Widths (N, groups), and params and MACs (2, N), for factors (N,)."""
+        ratios = np.minimum(1.0, self._ratios * factors[:, None])
+        most = self._numbers // self._steps
+        shrunk = np.clip(np.rint(self._numbers * ratios / self._steps), 1, np.maximum(1, most)).astype(np.int64)
+        stay = (ratios == 1) | (most == 0)
+        numbers = np.where(stay, self._numbers, shrunk * self._steps)
+        widths = np.tile(self._whole, (len(ratios), 1))
+        widths[:, self._groups] = numbers[:, self._class] * self._factors
+        return widths, np.stack(self._cost(self._keep, widths, self._kernels))
+
+    def within(self, params: int | None, macs: int | None, largest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Those of the largest factors, at most `largest`, (N,), that are within the limits; see `scaled`."""
+        limits = np.array([[np.iinfo(np.int64).max if limit is None else limit] for limit in (params, macs)])
+        widths, costs = self.scaled(largest)
+        fit = np.all(costs <= limits, axis=0)
+        if fit.all():
+            return widths, costs
+        narrowest, narrowest_costs = self.scaled(np.full(len(largest), NARROWEST))
+        widths, costs = np.where(fit[:, None], widths, narrowest), np.where(fit, costs, narrowest_costs)
+        low, high = np.full(len(largest), math.log(NARROWEST)), np.log(largest)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            tried, tried_costs = self.scaled(np.exp(middle))
+            fits = np.all(tried_costs <= limits, axis=0)
+            low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+            better = fits & ~fit
+            widths, costs = np.where(better[:, None], tried, widths), np.where(better, tried_costs, costs)
+        return widths, costs
+
+
+def _elements(kernels: Sequence[tuple[tuple[int, ...], ...]]) -> np.ndarray:
+    """Elements of every layer's kernel, (N, layers)."""
+    return np.array([[math.prod(kernel) for kernel in row] for row in kernels], dtype=np.int64)
 
 
 def _can_crop(whole: tuple[int, ...], kernel: tuple[int, ...]) -> bool:

@@ -36,13 +36,6 @@ class WidthClass:
         """The least common number whose channels are a multiple of `round_to`."""
         return round_to // math.gcd(round_to, self.channels)
 
-    def shrunk(self, number: int, ratio: float, round_to: int) -> int:
-        """The multiple of the step next to number · ratio, at least one, at most `number`, which itself may stay."""
-        step = self.step(round_to)
-        if ratio == 1 or number < step:
-            return number
-        return min(max(1, round(number * ratio / step)), number // step) * step
-
 
 class WidthClasses:
     """The width classes of a traced teacher, for any removal of its layers."""
