@@ -20,6 +20,7 @@ TINY = n2n_fast.SearchConfig(
     anchor_every=1,
     stage_epochs=0.5,
     final_epochs=1,
+    epoch_steps=0,
     batch_size=32,
     calibration_images=64,
 )

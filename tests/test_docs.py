@@ -78,7 +78,8 @@ def known(tmp_path, monkeypatch):
     data = n2n_fast.load("digits", validation=0.2)
     model = teachers.create("digits_resnet", data.classes, 1, seed=0)
     teachers.train_teacher(model, data, epochs=3.0, seed=0)
-    short = {"updates": 1, "rollouts": 2, "anchors": 0, "stage_epochs": 0.2, "final_epochs": 0.5, "keep_top": 1}
+    short = {"updates": 1, "rollouts": 2, "anchors": 0, "stage_epochs": 0.2, "final_epochs": 0.5, "keep_top": 1,
+             "epoch_steps": 0}  # fmt: skip
     plain = n2n_fast.SearchConfig
     monkeypatch.setattr(n2n_fast, "SearchConfig", lambda **settings: plain(**{**settings, **short}))
     monkeypatch.setattr(n2n_fast, "load", lambda spec: data)

@@ -26,16 +26,33 @@ def space():
     return ArchitectureSpace(SmallResNet(2, 10, 1), torch.zeros(2, 1, 8, 8))
 
 
+def student(transition, actions):
+    """What one row of actions gives."""
+    (found,) = transition(torch.tensor([actions]))
+    return found
+
+
 def gone(space, names):
     return [int(layer.name not in names) for layer in space.layers]
 
 
 def test_without_limits_students_are_as_they_are_drawn(space):
     actions = gone(space, {next(layer.name for layer in space.layers if layer.removable)})
-    assert Transition(space, True, RATIOS)(actions) == space.remove(space.teacher, [bool(a) for a in actions])
+    assert student(Transition(space, True, RATIOS), actions) == space.remove(space.teacher, [bool(a) for a in actions])
     drawn = [[i % 3, (i + 1) % 3] for i in range(len(space.layers))]
     channels, kernels = ([RATIOS[place] for place in places] for places in zip(*drawn, strict=True))
-    assert Transition(space, False, RATIOS)(drawn) == space.shrink(space.teacher, channels, kernels)
+    assert student(Transition(space, False, RATIOS), drawn) == space.shrink(space.teacher, channels, kernels)
+
+
+@pytest.mark.parametrize("removes", [True, False])
+def test_students_of_many_rows_are_those_of_each(space, removes):
+    transition = Transition(space, removes, RATIOS, "params", space.teacher.params // 3, grows=True)
+    generator = torch.Generator().manual_seed(0)
+    shape, last = ((12, len(space.layers)), 2) if removes else ((12, len(space.layers), 2), 3)
+    actions = torch.randint(last, shape, generator=generator)
+    together = transition(actions)
+    assert together == [student(transition, row) for row in actions.tolist()]
+    assert all(arch == space.member(arch) and arch.params <= space.teacher.params // 3 for arch in together)
 
 
 @pytest.mark.parametrize("limited", ["params", "macs"])
@@ -43,10 +60,11 @@ def test_removals_are_judged_at_the_limit(space, limited):
     most = getattr(space.teacher, limited) // 5
     transition = Transition(space, True, RATIOS, limited, **{limited: most}, grows=True)
     narrowed = space.tilted(MOST_TILTED / 2, limited)
-    assert transition(gone(space, ())) == space.shrink_within(space.teacher, narrowed, **{limited: most}, grow=True)
+    whole = space.shrink_within(space.teacher, narrowed, **{limited: most}, grow=True)
+    assert student(transition, gone(space, ())) == whole
     removable = [layer.name for layer in space.layers if layer.removable]
     for names in (removable[:1], removable[-2:]):
-        arch = transition(gone(space, names))
+        arch = student(transition, gone(space, names))
         assert 0.8 * most < getattr(arch, limited) <= most
         assert [layer.name for layer, kept in zip(space.layers, arch.keep, strict=True) if not kept] == names
 
@@ -54,7 +72,8 @@ def test_removals_are_judged_at_the_limit(space, limited):
 def test_only_what_grows_reaches_the_limit_from_below(space):
     most = space.teacher.params // 3
     smallest = [[0, 2]] * len(space.layers)
-    stays, grows = (Transition(space, False, RATIOS, "params", most, grows=grows)(smallest) for grows in (False, True))
+    both = (Transition(space, False, RATIOS, "params", most, grows=grows) for grows in (False, True))
+    stays, grows = (student(transition, smallest) for transition in both)
     assert stays == space.shrink(space.teacher, [0.25] * len(space.layers))
     assert stays.params < 0.8 * most < grows.params <= most
 
@@ -68,7 +87,7 @@ def test_tilted_actions_save_ever_more_params_and_leave_kernels(space):
 
 
 def test_a_limit_out_of_reach_leads_to_the_smallest(space):
-    arch = Transition(space, False, RATIOS, "params", 10)([[2, 2]] * len(space.layers))
+    arch = student(Transition(space, False, RATIOS, "params", 10), [[2, 2]] * len(space.layers))
     assert all(width == 1 for width, whole in zip(arch.widths, space.teacher.widths, strict=True) if width < whole)
     assert 10 < arch.params < space.teacher.params // 20
 

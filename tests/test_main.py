@@ -22,7 +22,7 @@ from n2n_fast.training.distill import seeded
 from n2n_fast.training.teachers import SmallResNet
 
 QUICK = ("--updates", "1", "--rollouts", "2", "--epochs", "0.2", "--final-epochs", "0.2")
-QUICK += ("--anchors", "3", "--anchor-epochs", "0.2", "--stage-epochs", "0.2", "--keep-top", "1")
+QUICK += ("--anchors", "3", "--anchor-epochs", "0.2", "--stage-epochs", "0.2", "--keep-top", "1", "--epoch-steps", "0")
 
 
 pytestmark = pytest.mark.usefixtures("place")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from n2n_fast.search.policies import LIKENESS, RemovalPolicy, ShrinkagePolicy, clone_behaviour
+from n2n_fast.search.policies import LIKENESS, MUTATIONS, RemovalPolicy, ShrinkagePolicy, clone_behaviour
 
 FEATURES, LAYERS, RATIOS = 5, 6, 4
 both = pytest.mark.parametrize("kind", ["removal", "shrinkage"])
@@ -180,3 +180,35 @@ def test_spread_grows_with_severity_and_respects_the_mask(kind):
     kept = [policy.spread(free, severity, generator).float().mean() for severity in (0.1, 0.5, 0.9)]
     assert kept[0] > kept[1] > kept[2] > 0
     assert (policy.spread(~free, 0.9, generator) == top(kind)).all()
+
+
+@both
+@given(bits=st.lists(st.booleans(), min_size=LAYERS, max_size=LAYERS), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=15)
+def test_mutations_move_a_few_free_actions_and_no_others(kind, bits, seed):
+    policy, mask, generator = make(kind), mask_of(kind, bits), torch.Generator().manual_seed(seed)
+    actions = sample(policy, sequence(), mask, 40, seed)
+    mutated = policy.mutated(actions, mask, generator)
+    assert 0 <= mutated.min() <= mutated.max() <= top(kind)
+    moved = (mutated != actions).flatten(1).sum(1)
+    assert torch.equal(mutated[:, ~mask], actions[:, ~mask])
+    assert moved.max() <= min(MUTATIONS, mask.sum())
+    if kind == "removal" and mask.any():
+        assert moved.min() >= 1
+
+
+@both
+def test_entropy_is_a_share_that_falls_as_a_policy_settles(kind):
+    policy, x, mask = make(kind), sequence(), mask_of(kind, [True] * LAYERS)
+    actions = sample(policy, x, mask, 30)
+    with torch.no_grad():
+        _, before = policy.score(x, mask, actions)
+        policy.head.weight.mul_(0)
+        policy.head.bias.mul_(0)
+        _, even = policy.score(x, mask, actions)
+        policy.head.bias[:1].fill_(50.0)
+        policy.head.bias[RATIOS : RATIOS + 1].fill_(50.0)
+        _, settled = policy.score(x, mask, actions)
+    assert ((before > 0) & (before <= 1 + 1e-5)).all()
+    assert torch.allclose(even, torch.ones(30), atol=1e-5)
+    assert (settled < 1e-5).all()

@@ -29,7 +29,7 @@ from n2n_fast.training.teachers import SmallResNet
 from quarters import TINY, quarters, taught
 
 QUICK = "--updates 1 --rollouts 2 --rollout-steps 1 --anchors 0 --stage-epochs 0 --final-epochs 0.05 --keep-top 1"
-QUICK = (*QUICK.split(), "--init", "sliced", "--stages", "shrinkage", "--device", "cpu")
+QUICK = (*QUICK.split(), "--epoch-steps", "0", "--init", "sliced", "--stages", "shrinkage", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

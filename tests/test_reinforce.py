@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import fields, replace
 
 import pytest
@@ -113,7 +114,7 @@ def test_history_holds_every_rollout_with_its_own_reward(whole):
             assert line["reward"] == -1
             assert line["error"]
         else:
-            predicted = learned[line["stage"], line["update"]](line["short_accuracy"])
+            predicted = learned[line["stage"], line["update"]](line["short_accuracy"], math.log(line["macs"]))
             assert (line["predicted_accuracy"], line["accuracy_error"]) == predicted
             assert line["reward"] == rewarded(whole, line)
 

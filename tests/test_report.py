@@ -92,7 +92,7 @@ def test_report(run):
     png, page = report.write_report(run)
     assert (png, page) == (run / "report.png", run / "report.html")
     with image.open(png) as drawn:
-        assert drawn.size == (1600, 1700)
+        assert drawn.size == (1600, 2100)
     text = page.read_text()
     assert not re.search(r'(src|href)="(?!data:)', text)  # one page, no other file
     table = json.loads((run / "result.json").read_text())
@@ -192,3 +192,10 @@ def test_without_tensorboard(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "pip install tensorboard" in refusal("run", "--tensorboard", "--out", "here")
     assert not (tmp_path / "here").exists()
+
+
+def test_rank_correlation_is_that_of_ranks_and_unknown_where_nothing_varies():
+    assert report.rank_correlation([(0.1, 1.0), (0.2, 5.0), (0.9, 6.0)]) == pytest.approx(1)
+    assert report.rank_correlation([(0.1, 3.0), (0.2, 2.0), (0.9, -6.0)]) == pytest.approx(-1)
+    assert report.rank_correlation([(0.1, 1.0), (0.1, 5.0), (0.1, 6.0)]) is None
+    assert report.rank_correlation([(0.1, 1.0), (0.2, 5.0)]) is None

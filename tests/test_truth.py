@@ -15,7 +15,7 @@ from n2n_fast.training.teachers import SmallResNet
 
 RNG = np.random.default_rng(0)
 QUICK = [part for name in ("updates=1", "rollouts=2", "anchors=0", "stage_epochs=1", "final_epochs=1", "keep_top=1",
-                           "stages=shrinkage") for part in ("--set", name)]  # fmt: skip
+                           "epoch_steps=0", "stages=shrinkage") for part in ("--set", name)]  # fmt: skip
 
 
 pytestmark = pytest.mark.usefixtures("place")

@@ -50,15 +50,6 @@ from n2n_fast.training.data import ImageData
 
 INFEASIBLE = 3
 INTERRUPTED = 130
-# What suits 1,797 images of 8x8 pixels: an epoch is ten steps.
-DIGITS_DEFAULTS = {
-    "updates": 15,
-    "anchor_epochs": 20.0,
-    "stage_epochs": 20.0,
-    "final_epochs": 60.0,
-    "batch_size": 64,
-    "learning_rate": 0.02,
-}
 DIGITS_TEACHER_EPOCHS = 30.0
 
 FILE = FilePath()
@@ -163,8 +154,7 @@ def run(context: click.Context, /, **options: Any) -> int:
     Without --teacher a small ResNet is trained on the data first. --resume DIR needs no other options. n2n-fast run
     --help-all shows every option and setting.
     """
-    defaults = {**PROTOCOLS[options["protocol"]], **(DIGITS_DEFAULTS if options["data"] == DIGITS else {})}
-    config = SearchConfig(**{**defaults, **given_settings(context)})
+    config = SearchConfig(**{**PROTOCOLS[options["protocol"]], **given_settings(context)})
     named = options["resume"] or options["out"]
     with contextlib.nullcontext(named) if named else claimed(Path("runs")) as out:
         return _run(options, config, out)

@@ -13,6 +13,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from n2n_fast.cli.data import data_lines
 from n2n_fast.cli.tables import Rows, doubts, percent, result_rows, result_table
 from n2n_fast.files.errors import BadInput, first_line
@@ -23,6 +25,7 @@ Line = dict[str, Any]  # of history.jsonl
 Axes = Any  # matplotlib's; it is imported only where something is drawn
 
 SHORT, PREDICTED, ERROR = "short_accuracy", "predicted_accuracy", "accuracy_error"  # of a rollout's line
+EXPECTED, DEVIATION = "expected_accuracy", "expected_error"  # before it was evaluated
 TRAINED = "full_accuracy"  # of the line of an anchor or of a fully trained student
 COSTS = {"params": "params", "macs": "MACs"}
 REMOVED = "removed"
@@ -167,26 +170,28 @@ def _can_draw() -> bool:
 
 
 def _picture(run: Run) -> bytes:
-    """A run as one PNG: rewards, costs and predictions, a row each, and the layers; at the right, table and legends."""
+    """A run as one PNG: rewards, costs, expectations, predictions, a row each, and layers; table and legends beside."""
     from matplotlib.figure import Figure
 
     layers = [layer for layer in run.layers if layer["kind"] in DRAWN_KINDS and layer["channels"][0]]
     first, last = run.stages[0].name, run.stages[-1].name  # a single stage takes both columns
     panels = [[f"reward of {first}", f"reward of {last}", "table"], [*COSTS, "legend of costs"]]
+    panels += [[f"expectation of {first}", f"expectation of {last}", "legend of expectations"]]
     panels += [[f"prediction of {first}", f"prediction of {last}", "legend of predictions"]]
     panels += [["layers"] * 3] if layers else []
-    figure: Any = Figure(figsize=(16, 17 if layers else 12.5), dpi=100, layout="constrained")
+    figure: Any = Figure(figsize=(16, 21 if layers else 16.5), dpi=100, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
     axes = figure.subplot_mosaic(panels, width_ratios=(3, 3, 2))
     for stage in run.stages:
         _draw_rewards(axes[f"reward of {stage.name}"], stage)
+        _draw_expectations(axes[f"expectation of {stage.name}"], stage)
         _draw_predictions(axes[f"prediction of {stage.name}"], stage)
     for by in COSTS:
         _draw_costs(axes[by], run, by)
     table = "not finished yet" if run.table is None else result_table(run.table)
     axes["table"].set_axis_off()
     axes["table"].text(0, 1, table, family="monospace", fontsize=SMALL, va="top", ha="left", linespacing=1.6)
-    for row in panels[1:3]:
+    for row in panels[1:4]:
         _put_legend(axes[row[2]], [axes[name] for name in row[:2]])
     if layers:
         _draw_layers(axes["layers"], layers)
@@ -274,9 +279,37 @@ def _draw_costs(axes: Axes, run: Run, by: str) -> None:
         _scatter(axes, [point], name, marker=marker, s=size, facecolor="none", edgecolor=INK, linewidth=1.6, zorder=5)
 
 
+def _draw_expectations(axes: Axes, stage: Stage) -> None:
+    """What was expected of students before they were evaluated, and what was found then; the last half apart."""
+    expected = [line for line in stage.of("rollout") if line[EXPECTED] is not None and line[SHORT] is not None]
+    new = [line for line in expected if not line["cached"]]
+    ranks = rank_correlation([(line[EXPECTED], line[SHORT]) for line in new[len(new) // 2 :]])
+    told = "" if ranks is None else f", rank correlation {ranks:.2f} in the last half"
+    _style(axes, f"{stage.name}: what was expected{told}", "accuracy expected before the evaluation",
+           "accuracy found by it", [axes.xaxis, axes.yaxis])  # fmt: skip
+    for label, lines, color in (
+        ("first half", new[: len(new) // 2], LIGHT),
+        ("last half", new[len(new) // 2 :], ACCENT),
+    ):
+        if lines:
+            x, y, error = zip(*((line[EXPECTED], line[SHORT], line[DEVIATION]) for line in lines), strict=True)
+            axes.errorbar(x, y, xerr=error, fmt="o", markersize=3, color=color, ecolor=LIGHT, label=f"rollout, {label}")
+    if new:
+        low, high = axes.get_ylim()
+        axes.plot([low, high], [low, high], color=GREY, linestyle="--", linewidth=1, label="as expected")
+
+
+def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Spearman's, of pairs; None where there are too few or all are alike."""
+    if len(pairs) < 3 or any(len(set(column)) == 1 for column in zip(*pairs, strict=True)):
+        return None
+    ranks = np.argsort(np.argsort(np.array(pairs), 0, kind="stable"), 0)
+    return float(np.corrcoef(ranks.T)[0, 1])
+
+
 def _draw_predictions(axes: Axes, stage: Stage) -> None:
-    """What accuracies after a few steps were taken to mean, with the error then, and what anchors came to."""
-    _style(axes, f"{stage.name}: {stage.correction()}", "accuracy after a few steps", "accuracy after a full training",
+    """What accuracies when evaluated were taken to mean, with the error then, and what anchors came to."""
+    _style(axes, f"{stage.name}: {stage.correction()}", "accuracy when evaluated", "accuracy after a full training",
            [axes.xaxis, axes.yaxis])  # fmt: skip
     predicted = [line for line in stage.of("rollout") if line[PREDICTED] is not None]
     if predicted:
@@ -365,7 +398,7 @@ def _front_rows(points: Iterable[Line]) -> Rows:
 
 
 def _anchor_rows(stage: Stage) -> Rows:
-    head = ("architecture", "params", "MACs", "after a few steps", "trained fully")
+    head = ("architecture", "params", "MACs", "when evaluated", "trained fully")
     anchors = stage.of("anchor")
     return [head, *((*_sizes(line), percent(line[SHORT]), percent(line[TRAINED])) for line in anchors)]
 

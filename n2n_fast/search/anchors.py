@@ -12,7 +12,7 @@ from torch import Tensor
 
 from n2n_fast.networks.architecture import Architecture
 from n2n_fast.search.environment import MOST_TILTED
-from n2n_fast.search.policies import clone_behaviour
+from n2n_fast.search.policies import clone_behaviour, on_one_thread
 from n2n_fast.search.stage import Anchor, Stage
 from n2n_fast.training.clock import now
 from n2n_fast.training.seeds import derived
@@ -25,7 +25,7 @@ def train_anchors(stage: Stage) -> None:
     config, progress = stage.config, stage.search.progress
     later = stage.update // config.anchor_every if config.anchor_every else 0
     while config.anchors and (number := len(stage.anchors)) < config.anchors + later:
-        arch = _spread(stage, number)[1] if number < config.anchors else _best_recent(stage)
+        arch = _evaluated_spread(stage, number) if number < config.anchors else _best_recent(stage)
         if arch is None:
             stage.anchors.append(Anchor())
             continue
@@ -49,7 +49,8 @@ def warm_start(stage: Stage) -> None:
             ranks[number] = stage.judge_at(key, stage.predictor.after_final_training(full_accuracy)).rank
     if ranks:
         actions, _ = _spread(stage, max(ranks, key=ranks.__getitem__))
-        clone_behaviour(stage.policy, stage.x, stage.mask, actions)
+        with on_one_thread():
+            clone_behaviour(stage.policy, stage.x, stage.mask, actions)
 
 
 def _spread(stage: Stage, number: int) -> tuple[Tensor, Architecture | None]:
@@ -68,10 +69,18 @@ def _spread(stage: Stage, number: int) -> tuple[Tensor, Architecture | None]:
         tilted = transition.tilted(MOST_TILTED * number / max(1, config.anchors - 2))
         draws = itertools.chain([tilted.where(stage.mask, len(config.ratios) - 1)], draws)
     for actions in itertools.islice(draws, SPREAD_TRIES):
-        arch = stage.architecture(actions.tolist())
+        arch = stage.architectures(actions[None])[0]
         if isinstance(arch, Architecture) and arch.key not in earlier:
             return actions, arch
     return actions, None
+
+
+def _evaluated_spread(stage: Stage, number: int) -> Architecture | None:
+    """One of the first anchors, evaluated as any student; None if there is none."""
+    actions, arch = _spread(stage, number)
+    if arch is not None and arch.key not in stage.evaluated:
+        next(stage.evaluate({number: arch}, [actions.tolist()]))
+    return arch
 
 
 def _best_recent(stage: Stage) -> Architecture | None:
@@ -83,13 +92,11 @@ def _best_recent(stage: Stage) -> Architecture | None:
 
 
 def _train(stage: Stage, arch: Architecture, number: int) -> None:
-    """Evaluate the architecture, train it fully, and add it to the stage's anchors.
+    """Train an evaluated architecture fully, and add it to the stage's anchors.
 
     Where a limit on accuracy decides, a middle one of the first stage gets the final training as well.
     """
     config, device = stage.config, stage.search.executor.evaluator.device
-    if arch.key not in stage.evaluated:
-        next(stage.evaluate({number: arch}))
     purpose, final_accuracy = f"anchor {number + 1} of {stage.name}", None
     is_measure = stage is stage.search.stages[0] and number == config.anchors // 2
     start = now(device)

@@ -46,8 +46,8 @@ class SearchConfig:
 
     stages: str = setting("both", "Remove layers, shrink them, or both.", one_of(*STAGES))
     updates: int = setting(20, "Policy updates in each stage.", COUNT)
-    rollouts: int = setting(5, "Students evaluated for each update.", COUNT)
-    rollout_steps: int = setting(20, "Training steps of a rollout's student; 0 trains none.", AMOUNT)
+    rollouts: int = setting(10, "Students evaluated for each update.", COUNT)
+    rollout_steps: int = setting(0, "Training steps of a rollout's student; 0 trains none.", AMOUNT)
     epochs: float | None = setting(None, "Train a rollout's student for these epochs, not rollout_steps.", AMOUNT)
     validation_images: int | None = setting(2000, "Images on which a rollout's student is tried; none: all.", COUNT)
     reuse: bool = setting(True, "Do not evaluate an architecture twice.")
@@ -56,6 +56,11 @@ class SearchConfig:
     anchor_every: int = setting(10, "Updates after which one more anchor is trained; 0: never.", AMOUNT)
     stage_epochs: float = setting(1.0, "Epochs for the best student of stage 1, from which stage 2 starts.", AMOUNT)
     final_epochs: float = setting(10.0, "Epochs for the best students of the last stage.", AMOUNT)
+    epoch_steps: int = setting(
+        400,
+        "Where images are few, an epoch of these trainings is several passes, up to ten, for so many steps.",
+        AMOUNT,
+    )
     keep_top: int = setting(2, "Best students trained fully; the best by validation is the result.", COUNT)
     init: str = setting("fitted", "Weights from which students start.", one_of(*INITS))
     importance: str | None = setting(
@@ -77,10 +82,13 @@ class SearchConfig:
         "Probability that untrained policies keep a layer; none: imitate the best anchor, 0.8 without anchors.",
         INNER_SHARE,
     )
+    imagined_steps: int = setting(
+        60, "Steps in which a policy learns from imagined students after an update; 0: REINFORCE alone.", AMOUNT
+    )
     hidden: int = setting(30, "Units of each LSTM layer of the policies.", FEW)
     lstm_layers: int = setting(2, "LSTM layers of the policies.", FEW)
-    removal_learning_rate: float = setting(0.003, "Adam's learning rate in stage 1; 0: random search.", AMOUNT)
-    shrinkage_learning_rate: float = setting(0.003, "Adam's learning rate in stage 2; 0: random search.", AMOUNT)
+    removal_learning_rate: float = setting(0.01, "Adam's learning rate in stage 1; 0: random search.", AMOUNT)
+    shrinkage_learning_rate: float = setting(0.01, "Adam's learning rate in stage 2; 0: random search.", AMOUNT)
     normalise: bool = setting(True, "Divide an update's advantages by their root mean square.")
     baseline_decay: float = setting(0.8, "Decay of the moving average of rewards.", DECAY)
     objective: str = setting("params", "What the compression in the reward counts.", one_of(*OBJECTIVES))
@@ -173,6 +181,9 @@ def _type(setting: Setting) -> tuple[type, bool, bool]:
 
 
 PAPER: dict[str, Any] = {
+    "rollouts": 5,
+    "imagined_steps": 0,
+    "epoch_steps": 0,
     "epochs": 5.0,
     "validation_images": None,
     "reuse": False,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from n2n_fast.files.errors import first_line, raise_device_fault
+from n2n_fast.files.errors import DegenerateArchitecture, first_line, raise_device_fault
 from n2n_fast.files.states import on_cpu
 from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.products import as_products
@@ -31,6 +31,7 @@ Job = tuple[Architecture, int]  # a student to evaluate, and its seed
 
 MOST_TILTED = 0.75  # of students at a limit: powers of what narrowing a layer saves
 FULL_RATE_STEPS = 400  # a full training that is shorter takes a lower learning rate
+MOST_PASSES = 10  # over few images, for one epoch
 TRIES = 2  # of a student whose evaluation fails by itself
 
 # What building, training and validating a student raise where numbers overflow; Diverged is an ArithmeticError.
@@ -39,7 +40,7 @@ NOT_FINITE = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-de
 
 @dataclass(frozen=True)
 class Transition:
-    """A stage's transition from the teacher of its space; raises DegenerateArchitecture where it cannot be made.
+    """A stage's transition from the teacher of its space.
 
     saves: which of the limits, "params" or "macs", students are narrowed for where no policy says how; None where they
     stay as they are drawn. grows: whether a student that is below the limits gets wider.
@@ -68,16 +69,29 @@ class Transition:
         grows = removes or (grows and config.objective in limited and "latency" not in limited)
         return cls(space, removes, config.ratios, saves, config.max_params, config.max_macs, grows)
 
-    def __call__(self, actions: list[Any]) -> Architecture:
-        """actions: for every layer whether it stays, 1 or 0; in stage 2 the places in `ratios` of channels and kernel.
+    def __call__(self, actions: Tensor) -> list[Architecture | DegenerateArchitecture]:
+        """The students of N rows of actions, or why one is none that is worth anything.
 
-        Layers that are removed are judged by what is left of a student of the wanted size, narrowed as a middle anchor.
+        actions: (N, layers), whether each layer stays, 1 or 0; in stage 2 (N, layers, 2), the places in `ratios` of
+        channels and kernel. Layers that are removed are judged by what is left of a student of the wanted size,
+        narrowed as a middle anchor.
         """
-        space = self.space
         if self.removes:
-            return self._within(space.remove(space.teacher, [action == 1 for action in actions]), self._narrowed)
-        channels, kernels = ([self.ratios[place] for place in places] for places in zip(*actions, strict=True))
-        return self._within(space.teacher, channels, kernels)
+            return [self._of_removal(tuple(row)) for row in actions.bool().tolist()]
+        channels, kernels = torch.tensor(self.ratios, dtype=torch.float64)[actions].unbind(2)
+        limits: dict[str, Any] = {"params": self.params, "macs": self.macs, "grow": self.grows}
+        return [*self.space.shrink_all_within(self.space.teacher, channels.tolist(), kernels.tolist(), **limits)]
+
+    @functools.cached_property
+    def _of_removal(self) -> Callable[[tuple[bool, ...]], Architecture | DegenerateArchitecture]:
+        return functools.lru_cache(maxsize=10_000)(self._removed)  # a policy draws the same again and again
+
+    def _removed(self, keep: tuple[bool, ...]) -> Architecture | DegenerateArchitecture:
+        try:
+            arch = self.space.remove(self.space.teacher, keep)
+        except DegenerateArchitecture as reason:
+            return reason
+        return self.space.shrink_within(arch, self._narrowed, params=self.params, macs=self.macs, grow=self.grows)
 
     def tilted(self, tilt: float) -> Tensor:
         """Actions of stage 2, (layers, 2), next to the space's tilted ratios, with every kernel at its whole size."""
@@ -91,10 +105,6 @@ class Transition:
         """The widths at which removals are judged."""
         layers = len(self.space.layers)
         return [1.0] * layers if self.saves is None else self.space.tilted(MOST_TILTED / 2, self.saves)
-
-    def _within(self, arch: Architecture, channels: list[float], kernels: list[float] | None = None) -> Architecture:
-        limits = {"params": self.params, "macs": self.macs}
-        return self.space.shrink_within(arch, channels, kernels, **limits, grow=self.grows)
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,8 @@ class Evaluator:
                 clock.note("latency")
                 # narrow students on a GPU wait for launches and casts, not for arithmetic (bench/gpu.md)
                 how = {"capture": True, "autocast": False} if self.device.type == "cuda" else {}
-                self._train(student, self._rollout_batches, self.config.learning_rate, **how)
+                if len(self._rollout_batches):
+                    self._train(student, self._rollout_batches, self.config.learning_rate, **how)
                 clock.note("train")
             with as_products(student, self.device):
                 short_accuracy = accuracy(student, self._images, strict=True)
@@ -191,7 +202,11 @@ class Evaluator:
         progress: Progress | None = None,
         checkpointer: Checkpointer | None = None,
     ) -> fx.GraphModule:
-        """A student trained in full, on batches that begin alike for all. purpose: for progress. Raises Diverged."""
+        """A student trained in full, on batches that begin alike for all. purpose: for progress. Raises Diverged.
+
+        epochs: of at least `epoch_steps` steps each, as far as `passes` allows.
+        """
+        epochs *= passes(self.config, len(self.data.train))
         batches = self._batches(epochs, views=self.data.augmentation.views if self.data.augmentation else None)
         if progress is not None:
             progress.phase(f"training {purpose}", len(batches))
@@ -253,6 +268,14 @@ class Recipe:
             student = restored(space, Architecture.from_json(architecture), state)
             space = space_of(student, calibration, self.config)
         return Evaluator(self.stage, space, data, logits, calibration, self.config, self.training)
+
+
+def passes(config: SearchConfig, images: int) -> float:
+    """Over so many training images, of which a full training's epoch consists: several where they are few.
+
+    A student learns by steps; that it has seen all images says little where these are few.
+    """
+    return min(MOST_PASSES, max(1.0, config.epoch_steps / max(1, images // config.batch_size)))
 
 
 class Executor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from n2n_fast.files.errors import BadInput, DegenerateArchitecture
 from n2n_fast.search.config import STAGES, SearchConfig
-from n2n_fast.search.environment import Evaluator
+from n2n_fast.search.environment import Evaluator, passes
 from n2n_fast.search.reward import Cost
 from n2n_fast.search.teacher import Reference, latency_of
 from n2n_fast.training.data import ImageData
@@ -78,4 +78,4 @@ def _training_steps(config: SearchConfig, images: int) -> int:
     later = (config.updates - 1) // config.anchor_every if config.anchors and config.anchor_every else 0
     epochs = stages * (config.anchors + later) * config.anchor_epochs
     epochs += (stages - 1) * config.stage_epochs + config.keep_top * config.final_epochs
-    return round(epochs * max(1, images // config.batch_size))
+    return round(epochs * passes(config, images) * max(1, images // config.batch_size))

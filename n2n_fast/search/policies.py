@@ -5,8 +5,9 @@ pass. `sample` draws without gradients; `log_prob` scores drawn actions in one d
 nothing are masked: they are drawn as "keep as it is" and add nothing to the log-probability.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ CLONED = 0.03  # KL divergence in nats for each choice that is near enough to th
 CLONING_RATE = 0.005  # Adam's
 CLONING_STEPS = 500  # at most
 CLONING_SAMPLES = 8  # sequences for each step
+MUTATIONS = 4  # at most, of one sequence of actions
 
 
 class RemovalPolicy(nn.Module):
@@ -42,6 +44,7 @@ class RemovalPolicy(nn.Module):
     ) -> None:
         """Draw the initial weights from torch's global generator."""
         super().__init__()
+        self.options = 2
         self.lstm = nn.LSTM(features, hidden, layers, bidirectional=True, batch_first=True)
         self.head = nn.Linear(2 * hidden, 1)
         nn.init.constant_(self.head.bias, torch.logit(torch.tensor(keep_probability)).item())
@@ -62,6 +65,10 @@ class RemovalPolicy(nn.Module):
         keep: Tensor = torch.rand(len(mask), generator=generator) >= MOST_REMOVED * severity
         return (keep | ~mask).long()
 
+    def mutated(self, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """Actions (count, layers) of which one to MUTATIONS free ones are turned."""
+        return torch.where(_touched(actions, mask, generator), 1 - actions, actions)
+
     def around(self, actions: Tensor) -> Tensor:
         """Probability of keeping each layer, (layers,), which is high where `actions`, (layers,), do."""
         return torch.where(actions == 1, LIKENESS, 1 - LIKENESS)
@@ -74,12 +81,20 @@ class RemovalPolicy(nn.Module):
         total: Tensor = ((-likelihood - entropy) * mask).sum()
         return total
 
+    def score(self, x: Tensor, mask: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of each action sequence (count, layers), and entropy of its choices, (count,) each.
+
+        The entropy is a choice's mean share of the largest there is.
+        """
+        logits = self(x)
+        both = torch.stack([nn.functional.logsigmoid(-logits), nn.functional.logsigmoid(logits)], 1)
+        chosen: Tensor = torch.where(actions == 1, both[:, 1], both[:, 0]) * mask
+        entropy = -(both.exp() * both).sum(1)[mask].mean() / math.log(self.options)
+        return chosen.sum(1), entropy.expand(len(actions))
+
     def log_prob(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
         """Log-probability of each of the action sequences (count, layers), (count,)."""
-        logits = self(x).expand(len(actions), -1)
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, actions.to(logits.dtype), reduction="none")
-        masked: Tensor = loss * mask
-        return -masked.sum(1)
+        return self.score(x, mask, actions)[0]
 
 
 class ShrinkagePolicy(nn.Module):
@@ -101,6 +116,7 @@ class ShrinkagePolicy(nn.Module):
         """Draw the initial weights from torch's global generator."""
         super().__init__()
         self.ratios = count = len(ratios)
+        self.options = max(2, count)
         self.log_ratios = [math.log(ratio) for ratio in ratios]
         self.lstm = nn.LSTM(features + 2 * count, hidden, layers, batch_first=True)
         self.head = nn.Linear(hidden, 2 * count)
@@ -156,6 +172,17 @@ class ShrinkagePolicy(nn.Module):
         drawn = torch.stack([widths, torch.where(cropped, 0, last)], 1)
         return torch.where(mask, drawn, last)
 
+    def mutated(self, actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """Actions (count, layers, 2) of which one to MUTATIONS free ones are moved.
+
+        A width moves by one or two ratios; a kernel is cropped to a point, or is whole again.
+        """
+        last = self.ratios - 1
+        steps = torch.tensor([-2, -1, 1, 2])[torch.randint(4, actions.shape, generator=generator)]
+        widths, kernels = (actions + steps).clamp(0, last), torch.where(actions < last, last, 0)
+        moved = torch.stack([widths[..., 0], kernels[..., 1]], -1)
+        return torch.where(_touched(actions, mask, generator), moved, actions)
+
     def around(self, actions: Tensor) -> Tensor:
         """Probabilities of all ratios, (layers, 2, ratios), high near the widths of `actions` and at their kernels."""
         ratios = torch.tensor(self.log_ratios)
@@ -176,10 +203,26 @@ class ShrinkagePolicy(nn.Module):
         difference: Tensor = torch.xlogy(wanted, wanted) - wanted * self(x, actions)
         return (difference.sum(3).mean(0) * mask).sum()
 
+    def score(self, x: Tensor, mask: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of each action sequence (count, layers, 2), and entropy of its choices, (count,) each.
+
+        The entropy is a choice's mean share of the largest there is, each choice after the actions before it.
+        """
+        log_probs: Tensor = self(x, actions)
+        chosen = log_probs.gather(3, actions[..., None])[..., 0] * mask
+        entropy = -(log_probs.exp() * log_probs).sum(3)[:, mask].mean(1) / math.log(self.options)
+        return chosen.sum((1, 2)), entropy
+
     def log_prob(self, x: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
         """Log-probability of each of the action sequences (count, layers, 2), (count,)."""
-        log_probs: Tensor = self(x, actions)
-        return (log_probs.gather(3, actions[..., None])[..., 0] * mask).sum((1, 2))
+        return self.score(x, mask, actions)[0]
+
+
+def _touched(actions: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Of each row of actions, one to MUTATIONS that the mask leaves free, by chance; bool."""
+    order = torch.rand(actions.shape, generator=generator).where(mask, 2.0).flatten(1).argsort(1).argsort(1)
+    counts = torch.randint(1, MUTATIONS + 1, (len(actions), 1), generator=generator)
+    return (order < counts).view(actions.shape) & mask
 
 
 def new_policy(
@@ -222,6 +265,17 @@ def clone_behaviour(policy: RemovalPolicy | ShrinkagePolicy, x: Tensor, mask: Te
         optimizer.zero_grad()
         divergence.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+
+
+@contextlib.contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Keep torch to one thread: policies and predictors are so small that several only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Cell:

@@ -1,6 +1,7 @@
 """N2N learning: two stages of REINFORCE over a teacher's architecture space, then the final training (section 3)."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -18,7 +19,8 @@ from n2n_fast.search.anchors import train_anchors, warm_start
 from n2n_fast.search.checkpoint import RunDirectory, read_state
 from n2n_fast.search.config import STAGES, SearchConfig
 from n2n_fast.search.environment import Executor, Training
-from n2n_fast.search.policies import new_policy
+from n2n_fast.search.imagination import KNOWN, Imagination, learn_from_imagined
+from n2n_fast.search.policies import new_policy, on_one_thread
 from n2n_fast.search.result import Result, finish, train_best
 from n2n_fast.search.reward import RewardFunction
 from n2n_fast.search.stage import Rollout, Search, SearchProgress, Stage
@@ -28,6 +30,8 @@ from n2n_fast.training.data import ImageData
 from n2n_fast.training.teachers import digest
 
 __all__ = ["Rollout", "SearchProgress", "compress", "prepared", "read_policies"]
+
+DRAWS = 4  # for each rollout, of which one that is new is taken
 
 
 def compress(
@@ -131,14 +135,14 @@ def _search_in_stages(search: Search) -> Result:
 
 def _reinforce(stage: Stage) -> None:
     """One stage of REINFORCE (equation 3): the policy learns by the rewards of the students that it samples."""
-    config, policy, progress = stage.config, stage.policy, stage.search.progress
+    config, progress = stage.config, stage.search.progress
     best: Rollout | None = None
     progress.phase(stage.name, config.updates * config.rollouts)
     while stage.update < config.updates:
         train_anchors(stage)
         if stage.update == 0:
             warm_start(stage)
-        actions = policy.sample(stage.x, stage.mask, config.rollouts, stage.generator)
+        actions = drawn(stage)
         rewards = []
         for rollout in _rollouts(stage, actions):
             rewards.append(rollout.reward)
@@ -146,7 +150,11 @@ def _reinforce(stage: Stage) -> None:
             best = max(shown, key=lambda one: (one.feasible, one.reward), default=None)
             compression = stage.search.teacher.cost.params / best.params if best and best.params else None
             progress.rollout(rollout, best, compression)
-        _update_policy(stage, actions, torch.tensor(rewards))
+        with on_one_thread():
+            if config.imagined_steps and stage.learns:
+                learn_from_imagined(stage)
+            else:
+                _update_policy(stage, actions, torch.tensor(rewards))
         stage.update += 1
         stage.search.save()
     if all(evaluation.error is not None for _, evaluation in stage.evaluated.values()):
@@ -154,6 +162,21 @@ def _reinforce(stage: Stage) -> None:
             f"{stage.name}: none of {config.updates * config.rollouts} students could be evaluated; "
             "raise --rollouts or lower --learning-rate"
         )
+
+
+def drawn(stage: Stage) -> Tensor:
+    """Actions of an update's rollouts, (rollouts, ...), drawn by the policy; students that are not known come first."""
+    config, draw = stage.config, functools.partial(stage.policy.sample, stage.x, stage.mask)
+    if not (config.reuse and config.imagined_steps):
+        return draw(config.rollouts, stage.generator)
+    actions = draw(DRAWS * config.rollouts, stage.generator)
+    known, new, others = set(stage.evaluated), list[int](), list[int]()
+    for i, arch in enumerate(stage.architectures(actions)):
+        is_new = isinstance(arch, Architecture) and arch.key not in known
+        (new if is_new else others).append(i)
+        if isinstance(arch, Architecture):
+            known.add(arch.key)
+    return actions[[*new, *others][: config.rollouts]]
 
 
 def _update_policy(stage: Stage, actions: Tensor, rewards: Tensor) -> None:
@@ -175,12 +198,18 @@ def _update_policy(stage: Stage, actions: Tensor, rewards: Tensor) -> None:
 
 def _rollouts(stage: Stage, actions: Tensor) -> Iterator[Rollout]:
     """An update's rollouts: each row of actions gives an architecture, its student's accuracy, and a reward."""
-    rows = actions.tolist()
-    archs = [stage.architecture(row) for row in rows]
-    are_new = stage.evaluate({i: arch for i, arch in enumerate(archs) if isinstance(arch, Architecture)})
+    rows, archs = actions.tolist(), stage.architectures(actions)
+    valid = {i: arch for i, arch in enumerate(archs) if isinstance(arch, Architecture)}
+    expected: dict[int, tuple[float, float]] = {}
+    if valid and stage.config.imagined_steps and len(stage.evaluated) >= KNOWN:
+        with on_one_thread():
+            found = Imagination(stage).short_accuracies(list(valid.values()))
+        expected = dict(zip(valid, found, strict=True))
+    are_new = stage.evaluate(valid, [rows[i] for i in valid])
     for index, (row, arch) in enumerate(zip(rows, archs, strict=True)):
         if isinstance(arch, Architecture):
             outcome = _judged(stage, arch, cached=not next(are_new))
+            outcome["expected_accuracy"], outcome["expected_error"] = expected.get(index, (None, None))
         else:
             outcome = {"error": arch.reason}
         rollout = Rollout(stage.name, stage.update, index, row, **outcome)

@@ -16,6 +16,7 @@ from n2n_fast.files.inputs import FIELDS, INPUT
 from n2n_fast.files.safe_pt2 import read_student
 from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.student import independent_copy
+from n2n_fast.search.imagination import believed
 from n2n_fast.search.reward import Cost
 from n2n_fast.search.stage import Final, Search, Stage
 from n2n_fast.search.teacher import latency_of
@@ -57,8 +58,8 @@ def train_best(stage: Stage) -> None:
     count = stage.config.keep_top if stage.is_last else 1
     tried, diverged = {final.key for final in stage.finals}, 0
     while len(stage.finals) < count and diverged <= MOST_DIVERGED:
-        judged = (stage.judge(key) for key in stage.evaluated if key not in tried)
-        best = max((one for one in judged if one is not None), key=lambda one: one.rank, default=None)
+        judged = (one for one in believed(stage) if one.architecture.key not in tried)
+        best = max(judged, key=lambda one: one.rank, default=None)
         if best is None:
             break
         tried.add(best.architecture.key)

@@ -1,7 +1,8 @@
 """A search and its stages: what they share, what they tell, and the state that changes while they run."""
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from n2n_fast.search.checkpoint import CHECKPOINT, RunDirectory
 from n2n_fast.search.config import STAGES, SearchConfig
 from n2n_fast.search.environment import NOT_FINITE, Evaluation, Evaluator, Executor, Recipe, Training, Transition
 from n2n_fast.search.policies import new_policy
-from n2n_fast.search.predictor import AccuracyPredictor
+from n2n_fast.search.predictor import AccuracyPredictor, Trained
 from n2n_fast.search.reward import DEGENERATE, Constraints, Cost, RewardFunction, StageReward
 from n2n_fast.search.teacher import Reference, restored
 from n2n_fast.training.data import ImageData, accuracy
@@ -29,6 +30,8 @@ from n2n_fast.training.seeds import derived
 class Rollout:
     """One student of an update; a line of history.jsonl. `actions` as the policy drew them, one entry a layer.
 
+    expected_accuracy, expected_error: what was expected of short_accuracy before the evaluation, and the deviation of
+    that; None as long as too little is known.
     short_accuracy: after the few steps of a rollout; predicted_accuracy: after a full training, which the reward
     counts, and accuracy_error its standard error; all None where `error` says why. latency: ms. cached: evaluated
     before.
@@ -42,6 +45,8 @@ class Rollout:
     params: int | None = None
     macs: int | None = None
     latency: float | None = None
+    expected_accuracy: float | None = None
+    expected_error: float | None = None
     short_accuracy: float | None = None
     predicted_accuracy: float | None = None
     accuracy_error: float | None = None
@@ -147,11 +152,14 @@ class Stage:
         self.mask = removable if removes else torch.tensor(space.choices(space.teacher)).T
         self.policy = new_policy(name, self.x.shape[1], config, search.policies)
         rate = config.removal_learning_rate if removes else config.shrinkage_learning_rate
+        self.learns = rate > 0
         self.optimizer = torch.optim.Adam(self.policy.parameters(), rate)
         self.generator = torch.Generator().manual_seed(derived(config.seed, name, "actions"))
+        self.spread = 0.03  # weight of the policy's entropy
         self.update = 0
         self.baseline: float | None = None
         self.evaluated: dict[str, tuple[Architecture, Evaluation]] = {}
+        self.actions: dict[str, list[Any]] = {}  # that gave each evaluated architecture
         self.anchors: list[Anchor] = []
         self.finals: list[Final] = []
         self.done = False
@@ -171,19 +179,17 @@ class Stage:
 
     # Evaluation
 
-    def architecture(self, actions: list[Any]) -> Architecture | DegenerateArchitecture:
-        """T(s, a) of section 3.1, or why that is no student that is worth anything."""
-        try:
-            arch = self.transition(actions)
-        except DegenerateArchitecture as reason:
-            return reason
-        is_smaller = arch.params < self.search.teacher.cost.params
-        return arch if is_smaller else DegenerateArchitecture("no smaller than the teacher")
+    def architectures(self, actions: Tensor) -> list[Architecture | DegenerateArchitecture]:
+        """T(s, a) of section 3.1 for each row of actions, or why that is no student that is worth anything."""
+        teacher, found = self.search.teacher.cost, self.transition(actions)
+        useless = DegenerateArchitecture("no smaller than the teacher")
+        is_larger = (isinstance(arch, Architecture) and arch.params >= teacher.params for arch in found)
+        return [useless if larger else arch for arch, larger in zip(found, is_larger, strict=True)]
 
-    def evaluate(self, archs: Mapping[int, Architecture]) -> Iterator[bool]:
+    def evaluate(self, archs: Mapping[int, Architecture], actions: Sequence[list[Any]]) -> Iterator[bool]:
         """Have architectures evaluated, by their index in the update; tells of each, in order, whether it was new.
 
-        What they show is in `evaluated`.
+        actions: that gave each. What they show is in `evaluated`.
         """
         reuse, jobs = self.config.reuse, dict[tuple[object, ...], Architecture]()
         keys = [((arch.key,) if reuse else (self.update, index), arch) for index, arch in archs.items()]
@@ -192,10 +198,11 @@ class Stage:
                 jobs.setdefault(key, arch)
         seeds = (derived(self.config.seed, self.name, *key) for key in jobs)
         evaluations = self.search.executor.evaluate(list(zip(jobs.values(), seeds, strict=True)))
-        for key, arch in keys:
+        for (key, arch), row in zip(keys, actions, strict=True):
             is_new = jobs.pop(key, None) is not None
             if is_new:
                 self.evaluated[arch.key] = arch, next(evaluations)
+                self.actions[arch.key] = row
             yield is_new
 
     def train(self, arch: Architecture, epochs: float, purpose: str) -> tuple[float | None, fx.GraphModule | None]:
@@ -219,7 +226,13 @@ class Stage:
     def judge(self, key: str) -> Judged | None:
         """An evaluated student by its predicted accuracy, as of now; None where its evaluation failed."""
         short_accuracy = self.evaluated[key][1].short_accuracy
-        return None if short_accuracy is None else self.judge_at(key, *self.predictor(short_accuracy))
+        if short_accuracy is None:
+            return None
+        return self.judge_at(key, *self.corrected(self.evaluated[key][0], short_accuracy))
+
+    def corrected(self, arch: Architecture, short_accuracy: float) -> tuple[float, float]:
+        """What a student with this short accuracy comes to by a full training, and the error of that."""
+        return self.predictor(short_accuracy, _log_macs(arch))
 
     def judge_at(self, key: str, accuracy: float, error: float = 0.0) -> Judged:
         """An evaluated student by an accuracy with this standard error."""
@@ -237,8 +250,13 @@ class Stage:
     def _learned(self) -> AccuracyPredictor:
         short = {key: evaluation.short_accuracy for key, (_, evaluation) in self.evaluated.items()}
         full = {anchor.key: anchor.full_accuracy for anchor in self.anchors if anchor.full_accuracy is not None}
-        pairs = [(known, full[key]) for key in full if (known := short[key]) is not None]
-        predictor = AccuracyPredictor.learned(pairs)
+        predictor = AccuracyPredictor.learned(
+            [
+                Trained(known, _log_macs(self.evaluated[key][0]), full[key])
+                for key in full
+                if (known := short[key]) is not None
+            ]
+        )
         trained = [
             (anchor.full_accuracy, anchor.final_accuracy)
             for stage in self.search.stages
@@ -247,7 +265,8 @@ class Stage:
         ]
         for key, final, _ in self.finals if self.is_last else ():
             if (known := short[key]) is not None:
-                trained.append((full.get(key) or predictor(known)[0], final))
+                log_macs = _log_macs(self.evaluated[key][0])
+                trained.append((full.get(key) or predictor(known, log_macs)[0], final))
         return predictor.learned_final(trained, self.search.teacher.accuracy)
 
     # What it ends with
@@ -283,10 +302,12 @@ class Stage:
             "name": self.name,
             "update": self.update,
             "baseline": self.baseline,
+            "spread": self.spread,
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "evaluated": json.dumps([[asdict(one) for one in pair] for pair in self.evaluated.values()]),
+            "actions": json.dumps(list(self.actions.values())),
             "anchors": [list(anchor) for anchor in self.anchors],
             "finals": [list(final) for final in self.finals],
             "done": self.done,
@@ -303,12 +324,20 @@ class Stage:
                 raise ValueError(f"of the stage {state['name']!s:.80}")
             self.update = checked(state["update"], int)
             self.baseline = _checked_or_none(state["baseline"])
+            self.spread = checked(state["spread"], float)
             load_finite(self.policy, state["policy"])
             load_optimizer(self.optimizer, state["optimizer"])
             self.generator.set_state(state["generator"])
             for record, evaluation in parse_json(state["evaluated"]):
                 arch = self.space.member(Architecture.from_json(json.dumps(record)))
                 self.evaluated[arch.key] = arch, Evaluation.from_record(evaluation, self.config.times)
+            rows = torch.tensor(parse_json(state["actions"]))
+            if self.evaluated:
+                archs = self.architectures(rows.reshape(-1, *self.mask.shape))
+                same = [isinstance(arch, Architecture) and arch.key for arch in archs] == list(self.evaluated)
+                if not same:
+                    raise ValueError("actions of other architectures")
+                self.actions = dict(zip(self.evaluated, rows.tolist(), strict=True))
             self.anchors = [
                 Anchor(key, _checked_or_none(full), _checked_or_none(final)) for key, full, final in state["anchors"]
             ]
@@ -324,3 +353,7 @@ class Stage:
 
 def _checked_or_none(value: Any) -> float | None:
     return None if value is None else checked(value, float)
+
+
+def _log_macs(arch: Architecture) -> float:
+    return math.log(max(1, arch.macs))
