@@ -65,7 +65,7 @@ SIZES = {
         images=60_000,
         teacher_steps=1200,
         search={"batch_size": 128},
-        run={"updates": 5, "anchors": 3, "keep_top": 1},
+        run={"updates": 5, "anchors": 3, "keep_top": 1, "epoch_steps": 0},
         steps={"anchor_epochs": 200, "stage_epochs": 200, "final_epochs": 1000},
         rollouts=30,
         measured=12,
@@ -79,7 +79,7 @@ SIZES = {
         images=1_500,
         teacher_steps=40,
         search={"batch_size": 32, "rollout_steps": 4, "validation_images": 100},
-        run={"updates": 1, "rollouts": 2, "anchors": 1, "keep_top": 1},
+        run={"updates": 1, "rollouts": 2, "anchors": 1, "keep_top": 1, "epoch_steps": 0},
         steps={"anchor_epochs": 5, "stage_epochs": 5, "final_epochs": 10},
         rollouts=4,
         measured=2,
@@ -274,7 +274,8 @@ def digits(run):
     shutil.rmtree(out, ignore_errors=True)
     teacher.unlink(missing_ok=True)
     sh(*COMMAND, "teach", "--data", "digits", "--arch", "digits_resnet", "--device", run.device, "--out", teacher)
-    settings = {"updates": 3, "rollouts": 3, "anchors": 1, "anchor_epochs": 2, "stage_epochs": 2, "final_epochs": 10}
+    settings = {"updates": 3, "rollouts": 3, "anchors": 1, "anchor_epochs": 2, "stage_epochs": 2, "final_epochs": 10,
+                "epoch_steps": 0}  # fmt: skip
     options = ("--teacher", teacher, "--device", run.device, "--out", out, "--keep-top", 1, *words(settings))
     process = subprocess.Popen([str(word) for word in (*COMMAND, "run", *options)], cwd=Path(__file__).parent)
     while rollouts_of(out) < 2 and process.poll() is None:

@@ -7,9 +7,11 @@ import torch
 import torchvision
 from torch import nn
 
-from n2n_fast import ArchitectureSpace
+from n2n_fast import ArchitectureSpace, SearchConfig, from_tensors
 from n2n_fast.networks.student import slots_of
+from n2n_fast.search.environment import Evaluator
 from n2n_fast.search.policies import ShrinkagePolicy
+from n2n_fast.training.batches import TeacherLogits
 from n2n_fast.training.distill import recalibrate
 
 NETS = ["resnet18", "resnet34", "resnet50", "vgg16_bn", "mobilenet_v2"]
@@ -112,3 +114,21 @@ def test_rollout(benchmark, setting, way):
     rollouts = ROLLOUTS if way.startswith("n2n_fast") else 1
     benchmark.extra_info["rollouts"] = rollouts  # of a call: divide by it
     benchmark.pedantic(calls[way], rounds=20 if way == "n2n_fast" else 5, warmup_rounds=1)
+
+
+def test_evaluations_an_hour(benchmark):
+    """Whole evaluations as a search makes them: students of a ResNet-18 at 50 times, each of other widths."""
+    setting, generator = Setting("resnet18"), torch.Generator().manual_seed(0)
+    space = setting.spaces["fitted"]
+    images, labels = torch.randn(2200, 3, 32, 32, generator=generator), torch.arange(2200) % 10
+    data = from_tensors("noise", (images[:200], labels[:200]), validation=(images[200:], labels[200:]))
+    config, logits = SearchConfig(), TeacherLogits(setting.teacher, data.train)
+    evaluator = Evaluator("shrinkage", space, data, logits, setting.images[: config.calibration_images], config)
+    ratios = (0.1 + 0.9 * torch.rand(25, len(space.layers), generator=generator)).tolist()
+    archs = iter(space.shrink_all_within(space.teacher, ratios, params=space.teacher.params // 50, grow=True))
+
+    def evaluation():
+        assert evaluator.evaluate(next(archs), 0).error is None
+
+    benchmark.pedantic(evaluation, rounds=20, warmup_rounds=2)
+    benchmark.extra_info["an hour"] = round(3600 / benchmark.stats.stats.median)
