@@ -32,8 +32,11 @@ def test_the_size_of_the_search_and_its_time_by_one_rollout(problem):
     anchors, steps_per_epoch = 2 * 5, len(problem[1].train) // TINY.batch_size
     assert found["training_steps"] == round((anchors * 0.5 + 0.5 + 2 * 1) * steps_per_epoch)
     trainings = found["training_steps"] * found["step_seconds"]
-    assert found["seconds"] == pytest.approx(found["rollouts"] * found["rollout_seconds"] + trainings)
+    learning = 2 * TINY.updates * found["learning_seconds"]
+    assert learning > 0
+    assert found["seconds"] == pytest.approx(found["rollouts"] * found["rollout_seconds"] + trainings + learning)
     assert found["step_seconds"] > 0
+    assert plan(*problem, replace(TINY, imagined_steps=0))["learning_seconds"] == 0
     assert found["gaps"] == {}
 
 

@@ -81,6 +81,7 @@ def plan_table(plan: dict[str, Any]) -> str:
         f"teacher: {plan['params']:,} params, {plan['macs']:,} MACs, validation accuracy {percent(plan['accuracy'])}",
         f"\n{_aligned(rows)}\n",
         f"{plan['rollouts']} rollouts of {plan['rollout_seconds']:.2f} s",
+        f"{plan['updates']} updates, after which the policy learns for {plan['learning_seconds']:.2f} s",
         f"full trainings of {plan['training_steps']:,} steps of {1e3 * plan['step_seconds']:.1f} ms",
         f"about {_duration(plan['seconds'])} here; nothing was written",
     ]

@@ -109,8 +109,8 @@ class Transition:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a student shows. short_accuracy: after the few steps, on the images set aside for rollouts; None where
-    `error` says why there is none. latency: ms, where the search asks for it. seconds: of each step of the work.
+    """What a student shows. short_accuracy: after a rollout's steps, if any, on the images set aside for rollouts; None
+    where `error` says why there is none. latency: ms, where the search asks for it. seconds: of each part of the work.
     """
 
     short_accuracy: float | None
@@ -173,7 +173,7 @@ class Evaluator:
         return split.subset(index.sort().values.to(split.labels.device))
 
     def evaluate(self, arch: Architecture, seed: int) -> Evaluation:
-        """Evaluate a student after the few steps of a rollout; numbers that are not finite become its error."""
+        """Evaluate a student after the steps of a rollout, if any; numbers that are not finite become its error."""
         clock, latency = _Clock(self.device), None
         try:
             with seeded(seed, self.device):

@@ -2,12 +2,18 @@
 
 import contextlib
 import math
+import time
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from n2n_fast.files.errors import BadInput, DegenerateArchitecture
+from n2n_fast.networks.space import ArchitectureSpace
 from n2n_fast.search.config import STAGES, SearchConfig
 from n2n_fast.search.environment import Evaluator, passes
+from n2n_fast.search.imagination import OWN, SHOWN
+from n2n_fast.search.policies import new_policy, on_one_thread
 from n2n_fast.search.reward import Cost
 from n2n_fast.search.teacher import Reference, latency_of
 from n2n_fast.training.data import ImageData
@@ -36,6 +42,7 @@ def plan(reference: Reference, data: ImageData, config: SearchConfig) -> dict[st
             smallest = space.remove(space.teacher, [False] * count)
     cost = Cost(smallest.params, smallest.macs, latency_of(space.build(smallest, "sliced"), data, config))
     rollout, step = _timed(reference, data, config)
+    learning = _learning(space, config)
     rollouts, steps = len(names) * config.updates * config.rollouts, _training_steps(config, len(data.train))
     return {
         "params": space.teacher.params,
@@ -49,7 +56,9 @@ def plan(reference: Reference, data: ImageData, config: SearchConfig) -> dict[st
         "rollout_seconds": rollout,
         "training_steps": steps,
         "step_seconds": step,
-        "seconds": rollouts * rollout + steps * step,
+        "updates": len(names) * config.updates,
+        "learning_seconds": learning,
+        "seconds": rollouts * rollout + steps * step + len(names) * config.updates * learning,
         "warnings": reference.warnings,
     }
 
@@ -70,6 +79,18 @@ def _timed(reference: Reference, data: ImageData, config: SearchConfig) -> tuple
         raise BadInput(f"a student of half the teacher's widths cannot be evaluated ({evaluation.error})")
     step = evaluation.seconds["train"] / timed.rollout_steps
     return sum(evaluation.seconds.values()) + (steps - timed.rollout_steps) * step, step
+
+
+def _learning(space: ArchitectureSpace, config: SearchConfig) -> float:
+    """Seconds for which a policy learns from imagined students after an update."""
+    x, mask = space.features(), torch.tensor(space.choices(space.teacher)).T
+    policy, generator = new_policy("shrinkage", x.shape[1], config, {}), torch.Generator().manual_seed(0)
+    with on_one_thread():
+        start = time.perf_counter()
+        actions = policy.sample(x, mask, OWN + SHOWN, generator)
+        log_probs, entropies = policy.score(x, mask, actions)
+        (log_probs.mean() + entropies.mean()).backward()  # type: ignore[no-untyped-call]
+        return (time.perf_counter() - start) * config.imagined_steps
 
 
 def _training_steps(config: SearchConfig, images: int) -> int:

@@ -32,7 +32,7 @@ class Rollout:
 
     expected_accuracy, expected_error: what was expected of short_accuracy before the evaluation, and the deviation of
     that; None as long as too little is known.
-    short_accuracy: after the few steps of a rollout; predicted_accuracy: after a full training, which the reward
+    short_accuracy: after the steps of a rollout, if any; predicted_accuracy: after a full training, which the reward
     counts, and accuracy_error its standard error; all None where `error` says why. latency: ms. cached: evaluated
     before.
     """
