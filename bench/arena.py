@@ -47,7 +47,7 @@ from n2n_fast.networks.products import as_products
 from n2n_fast.search import reinforce
 from n2n_fast.search.checkpoint import RunDirectory
 from n2n_fast.search.environment import Executor
-from n2n_fast.search.imagination import KNOWN, Imagination, proposed
+from n2n_fast.search.imagination import Imagination, proposed
 from n2n_fast.search.stage import Search, Stage
 from n2n_fast.search.teacher import Reference, space_of
 from n2n_fast.training import teacher_files, teachers
@@ -152,7 +152,7 @@ def search(given, name, share, control, seed):
     seconds = time.perf_counter() - start
     archs = [arch for arch, _ in stage.evaluated.values()]
     rewards = Imagination(stage).rewards(archs)
-    best = archs[max(range(len(archs)), key=lambda i: rewards[i][0])]
+    best = archs[max(range(len(archs)), key=rewards.__getitem__)]
     rollouts = [line for line in found if line["kind"] == "rollout"]
     columns = ("reward", "expected_accuracy", "short_accuracy", "cached")
     return {
@@ -168,8 +168,8 @@ def search(given, name, share, control, seed):
 def best_proposals(stage):
     """Instead of what the policy draws, the best proposals that were not evaluated yet."""
     actions = POLICY_DRAWN(stage)
-    if len(stage.evaluated) >= KNOWN:
-        wanted = proposed(stage, Imagination(stage))
+    if imagination := Imagination.of(stage):
+        wanted = proposed(stage, imagination)
         new = [i for i, arch in enumerate(stage.architectures(wanted)) if arch.key not in stage.evaluated]
         actions = torch.cat([wanted[new], actions])
     return actions[:ROLLOUTS]

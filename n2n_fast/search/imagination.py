@@ -33,20 +33,25 @@ OFFSPRING = 100
 class Imagination:
     """What is expected of a stage's architectures, by all its evaluations so far."""
 
-    def __init__(self, stage: Stage) -> None:
-        """Raise ValueError where fewer than KNOWN students were evaluated."""
-        self._stage, chance = stage, 1 / stage.search.data.classes
-        archs = [arch for arch, _ in stage.evaluated.values()]
-        if len(archs) < KNOWN:
-            raise ValueError(f"{len(archs)} students were evaluated, {KNOWN} are needed")
+    @classmethod
+    def of(cls, stage: Stage) -> "Imagination | None":
+        """None where fewer than KNOWN students were evaluated, and timed where latency counts."""
         evaluations = [evaluation for _, evaluation in stage.evaluated.values()]
-        points = stage.space.coordinates(archs)
+        known = sum(one.latency is not None or not stage.config.times for one in evaluations)
+        return cls(stage) if known >= KNOWN else None
+
+    def __init__(self, stage: Stage) -> None:
+        """Learn from the stage's evaluations; those that failed are taken for chance."""
+        self._stage, chance = stage, 1 / stage.search.data.classes
+        evaluations = [evaluation for _, evaluation in stage.evaluated.values()]
+        points = stage.space.coordinates([arch for arch, _ in stage.evaluated.values()])
         shown = (chance if one.short_accuracy is None else one.short_accuracy for one in evaluations)
         self._accuracy = ArchitecturePredictor(points, torch.tensor(list(map(logit, shown))))
-        times = [one.latency for one in evaluations if one.latency is not None]
         self._log_latency = None
-        if len(times) == len(archs):
-            self._log_latency = ArchitecturePredictor(points, torch.tensor(times).clamp_min(1e-6).log())
+        if stage.config.times:
+            timed = [i for i, one in enumerate(evaluations) if one.latency is not None]
+            times = torch.tensor([one.latency for one in evaluations if one.latency is not None])
+            self._log_latency = ArchitecturePredictor([part[timed] for part in points], times.clamp_min(1e-6).log())
 
     def short_accuracies(self, archs: Sequence[Architecture]) -> list[tuple[float, float]]:
         """What an evaluation of each would show, and the standard deviation of that."""
@@ -57,12 +62,11 @@ class Imagination:
     def rewards_of(self, actions: Tensor) -> Tensor:
         """The rewards, (n,), that are expected of actions (n, ...), raised by OPTIMISM; DEGENERATE for no student."""
         archs = self._stage.architectures(actions)
-        valid = [arch for arch in archs if isinstance(arch, Architecture)]
-        rewards = iter(self.rewards(valid, OPTIMISM))
-        return torch.tensor([next(rewards)[0] if isinstance(arch, Architecture) else DEGENERATE for arch in archs])
+        rewards = iter(self.rewards([arch for arch in archs if isinstance(arch, Architecture)], OPTIMISM))
+        return torch.tensor([next(rewards) if isinstance(arch, Architecture) else DEGENERATE for arch in archs])
 
-    def rewards(self, archs: Sequence[Architecture], optimism: float = 0.0) -> list[tuple[float, float]]:
-        """For each the reward that is expected, as the policy would get it now, and by how much limits are missed."""
+    def rewards(self, archs: Sequence[Architecture], optimism: float = 0.0) -> list[float]:
+        """The reward that is expected of each, as the policy would get it now."""
         if not archs:
             return []
         stage, points = self._stage, self._stage.space.coordinates(archs)
@@ -73,18 +77,18 @@ class Imagination:
             accuracy, _ = stage.corrected(arch, logistic(value))
             cost = Cost(arch.params, arch.macs, latency)
             violation = stage.reward.limits.violation(cost, accuracy)
-            found.append((stage.reward.penalised(stage.reward(accuracy, cost), violation, stage.update), violation))
+            found.append(stage.reward.penalised(stage.reward(accuracy, cost), violation, stage.update))
         return found
 
 
 def believed(stage: Stage) -> list[Judged]:
     """The evaluated students, each judged by what all evaluations together say of it: one alone is partly luck."""
     judged = {key: judged for key in stage.evaluated if (judged := stage.judge(key)) is not None}
-    if len(judged) < KNOWN or not stage.config.imagined_steps:
-        return list(judged.values())
     archs = [one.architecture for one in judged.values()]
     with on_one_thread():
-        expected = Imagination(stage).short_accuracies(archs)
+        if not archs or not stage.config.imagined_steps or (imagination := Imagination.of(stage)) is None:
+            return list(judged.values())
+        expected = imagination.short_accuracies(archs)
     return [stage.judge_at(arch.key, *stage.corrected(arch, of[0])) for arch, of in zip(archs, expected, strict=True)]
 
 
@@ -93,9 +97,9 @@ def learn_from_imagined(stage: Stage) -> None:
 
     Proposals teach only by what they have ahead of the policy's own (self-imitation, Oh et al. 2018).
     """
-    if len(stage.evaluated) < KNOWN or not stage.mask.any():
+    policy, free = stage.policy, int(stage.mask.sum())
+    if not free or (imagination := Imagination.of(stage)) is None:
         return
-    imagination, policy, free = Imagination(stage), stage.policy, int(stage.mask.sum())
     wanted, largest = proposed(stage, imagination), math.log(policy.options)
     kept = max(ENTROPY, min(MOST_ENTROPY, LEAST_ENTROPY / (free * largest)))
     for _ in range(stage.config.imagined_steps):
@@ -140,5 +144,5 @@ def _best(actions: Tensor, stage: Stage, imagination: Imagination, count: int) -
     archs = stage.architectures(actions)
     of_key = {arch.key: (i, arch) for i, arch in reversed(list(enumerate(archs))) if isinstance(arch, Architecture)}
     rewards = imagination.rewards([arch for _, arch in of_key.values()], OPTIMISM)
-    ranked = sorted(zip(rewards, of_key.values(), strict=True), key=lambda one: -one[0][0])
+    ranked = sorted(zip(rewards, of_key.values(), strict=True), key=lambda one: -one[0])
     return actions[[i for _, (i, _) in ranked[:count]]]

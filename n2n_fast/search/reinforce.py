@@ -19,7 +19,7 @@ from n2n_fast.search.anchors import train_anchors, warm_start
 from n2n_fast.search.checkpoint import RunDirectory, read_state
 from n2n_fast.search.config import STAGES, SearchConfig
 from n2n_fast.search.environment import Executor, Training
-from n2n_fast.search.imagination import KNOWN, Imagination, learn_from_imagined
+from n2n_fast.search.imagination import Imagination, learn_from_imagined
 from n2n_fast.search.policies import new_policy, on_one_thread
 from n2n_fast.search.result import Result, finish, train_best
 from n2n_fast.search.reward import RewardFunction
@@ -201,10 +201,11 @@ def _rollouts(stage: Stage, actions: Tensor) -> Iterator[Rollout]:
     rows, archs = actions.tolist(), stage.architectures(actions)
     valid = {i: arch for i, arch in enumerate(archs) if isinstance(arch, Architecture)}
     expected: dict[int, tuple[float, float]] = {}
-    if valid and stage.config.imagined_steps and len(stage.evaluated) >= KNOWN:
+    if valid and stage.config.imagined_steps:
         with on_one_thread():
-            found = Imagination(stage).short_accuracies(list(valid.values()))
-        expected = dict(zip(valid, found, strict=True))
+            imagination = Imagination.of(stage)
+            found = imagination.short_accuracies(list(valid.values())) if imagination else []
+        expected = dict(zip(valid, found, strict=False))
     are_new = stage.evaluate(valid, [rows[i] for i in valid])
     for index, (row, arch) in enumerate(zip(rows, archs, strict=True)):
         if isinstance(arch, Architecture):

@@ -243,31 +243,9 @@ class Stage:
 
     def learn_accuracies(self) -> None:
         """Let the predictor learn from all full trainings so far; earlier rewards stay as they are."""
-        before, self.predictor = self.predictor, self._learned()
+        before, self.predictor = self.predictor, _learned(self)
         if self.predictor != before:
             self.log("predictor", **asdict(self.predictor))
-
-    def _learned(self) -> AccuracyPredictor:
-        short = {key: evaluation.short_accuracy for key, (_, evaluation) in self.evaluated.items()}
-        full = {anchor.key: anchor.full_accuracy for anchor in self.anchors if anchor.full_accuracy is not None}
-        predictor = AccuracyPredictor.learned(
-            [
-                Trained(known, _log_macs(self.evaluated[key][0]), full[key])
-                for key in full
-                if (known := short[key]) is not None
-            ]
-        )
-        trained = [
-            (anchor.full_accuracy, anchor.final_accuracy)
-            for stage in self.search.stages
-            for anchor in stage.anchors
-            if anchor.full_accuracy is not None and anchor.final_accuracy is not None
-        ]
-        for key, final, _ in self.finals if self.is_last else ():
-            if (known := short[key]) is not None:
-                log_macs = _log_macs(self.evaluated[key][0])
-                trained.append((full.get(key) or predictor(known, log_macs)[0], final))
-        return predictor.learned_final(trained, self.search.teacher.accuracy)
 
     # What it ends with
 
@@ -348,7 +326,7 @@ class Stage:
             if not isinstance(state["done"], bool) or (state["done"] and not self.finals):
                 raise ValueError("a stage that is done without a student")
             self.done = state["done"]
-            self.predictor = self._learned()
+            self.predictor = _learned(self)
 
 
 def _checked_or_none(value: Any) -> float | None:
@@ -357,3 +335,27 @@ def _checked_or_none(value: Any) -> float | None:
 
 def _log_macs(arch: Architecture) -> float:
     return math.log(max(1, arch.macs))
+
+
+def _learned(stage: Stage) -> AccuracyPredictor:
+    """What all full trainings so far teach of the stage's accuracies."""
+    short = {key: evaluation.short_accuracy for key, (_, evaluation) in stage.evaluated.items()}
+    full = {anchor.key: anchor.full_accuracy for anchor in stage.anchors if anchor.full_accuracy is not None}
+    predictor = AccuracyPredictor.learned(
+        [
+            Trained(known, _log_macs(stage.evaluated[key][0]), full[key])
+            for key in full
+            if (known := short[key]) is not None
+        ]
+    )
+    trained = [
+        (anchor.full_accuracy, anchor.final_accuracy)
+        for one in stage.search.stages
+        for anchor in one.anchors
+        if anchor.full_accuracy is not None and anchor.final_accuracy is not None
+    ]
+    for key, final, _ in stage.finals if stage.is_last else ():
+        if (known := short[key]) is not None:
+            log_macs = _log_macs(stage.evaluated[key][0])
+            trained.append((full.get(key) or predictor(known, log_macs)[0], final))
+    return predictor.learned_final(trained, stage.search.teacher.accuracy)
