@@ -135,9 +135,10 @@ def sh(*command, **environment):
     """Run a command away from the checkout, whose package has no native module; its output, or RuntimeError."""
     words = [str(word) for word in command]
     done = subprocess.run(words, cwd=Path(__file__).parent, env=os.environ | environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)  # fmt: skip
+                          capture_output=True, check=False)  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"{' '.join(words)[:200]}: exit code {done.returncode}\n{done.stdout[-2000:]}")
+        told = (done.stdout + done.stderr)[-2000:]
+        raise RuntimeError(f"{' '.join(words)[:200]}: exit code {done.returncode}\n{told}")
     return done.stdout
 
 
