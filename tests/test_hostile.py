@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("
 SECONDS, BYTES = 10, 2 << 30
 CHEAP = ("--init", "sliced", "--importance", "l1", "--anchors", "0", "--keep-top", "1", "--validation-images", "50",
          "--epoch-steps", "0")  # fmt: skip
-SHORT = ("--updates", "1", "--rollouts", "2", "--rollout-steps", "1", "--stage-epochs", "1", "--final-epochs", "0.2")
+SHORT = ("--updates", "1", "--rollouts", "2", "--rollout-steps", "1", "--stage-epochs", "3", "--final-epochs", "0.2")
 
 
 @pytest.fixture(scope="module")
