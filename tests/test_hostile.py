@@ -23,7 +23,7 @@ from n2n_fast.training.teachers import create, train_teacher
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures by /proc")]
 SECONDS, BYTES = 10, 2 << 30
 CHEAP = ("--init", "sliced", "--importance", "l1", "--anchors", "0", "--keep-top", "1", "--validation-images", "50",
-         "--epoch-steps", "0")  # fmt: skip
+         "--epoch-steps", "0", "--imagined-steps", "0")  # fmt: skip
 SHORT = ("--updates", "1", "--rollouts", "2", "--rollout-steps", "1", "--stage-epochs", "3", "--final-epochs", "0.2")
 
 
