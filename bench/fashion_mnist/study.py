@@ -267,7 +267,7 @@ def halving(directory, name, seed):
     rows = []
     for line in lines(file.with_name("history.jsonl")):
         if line["kind"] == "rollout" and line["stage"] == "shrinkage" and line["update"] % 2 and not line["cached"]:
-            arch = transition(line["actions"])
+            (arch,) = transition(torch.tensor([line["actions"]]))
             assert arch.key == line["architecture"]
             row = {"update": line["update"], "searched": line["short_accuracy"]}
             for kind, evaluator in evaluators.items():

@@ -8,10 +8,11 @@ import statistics
 import numpy as np
 from study import ANCHORS, HERE, SEEDS, SMALLER, STUDENTS, TILTS, need
 
-from n2n_fast.search.predictor import AccuracyPredictor
+from n2n_fast.search.predictor import AccuracyPredictor, Trained
 from n2n_fast.search.reward import reward
 
 STEPS = (0, 20, 50)
+SAME_MACS = 0.0  # of all: those searches corrected accuracies by accuracies alone
 STAGES = ("removal", "shrinkage")
 SEARCHES = ("search", "finer", "longer", "chance", "random", "smaller")
 COMPARED = ("search", "chance", "random")
@@ -53,8 +54,10 @@ def rewards(rows, accuracies):
 
 def mapped(accuracies, anchors, steps, epochs):
     """Accuracies after so many steps as a map of the anchors, trained for so many epochs, corrects them."""
-    fitted = AccuracyPredictor.learned([(a[f"steps {steps}"], a[f"epochs {epochs}"]) for a in anchors])
-    return [fitted(accuracy)[0] for accuracy in accuracies]
+    fitted = AccuracyPredictor.learned(
+        [Trained(a[f"steps {steps}"], SAME_MACS, a[f"epochs {epochs}"]) for a in anchors]
+    )
+    return [fitted(accuracy, SAME_MACS)[0] for accuracy in accuracies]
 
 
 def proxy_table(name):
@@ -174,7 +177,9 @@ def one_map(name, stage):
     """Fitted to the anchors of all searches that are compared."""
     pieces = [f"{name}-{kind}-{seed}" for kind in COMPARED for seed in SEEDS]
     anchors = [line for piece in pieces for line in history(piece, "anchor") if line["stage"] == stage]
-    return AccuracyPredictor.learned([(a["short_accuracy"], a["full_accuracy"]) for a in anchors if a["full_accuracy"]])
+    return AccuracyPredictor.learned(
+        [Trained(a["short_accuracy"], SAME_MACS, a["full_accuracy"]) for a in anchors if a["full_accuracy"]]
+    )
 
 
 def rejudged(name, kind, stage):
@@ -184,7 +189,9 @@ def rejudged(name, kind, stage):
     most = whole // SMALLER["search"][name]
     return [
         [
-            reward(fitted(line["short_accuracy"])[0], max(line["params"], most), teacher["validation"], whole)
+            reward(
+                fitted(line["short_accuracy"], SAME_MACS)[0], max(line["params"], most), teacher["validation"], whole
+            )
             for line in rollouts
             if line["stage"] == stage and line["short_accuracy"] is not None
         ]
