@@ -25,6 +25,7 @@ import copy
 import fnmatch
 import functools
 import json
+import math
 import multiprocessing
 import signal
 import statistics
@@ -35,13 +36,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 import n2n_fast
 from n2n_fast import SearchConfig, SearchProgress
+from n2n_fast.cli.report import rank_correlation
 from n2n_fast.networks.architecture import Architecture
 from n2n_fast.networks.products import as_products
 from n2n_fast.search import reinforce
@@ -333,7 +334,7 @@ def searched_row(found):
         first += one["reward"][:quarter]
         last += one["reward"][-quarter:]
         pairs = [pair for pair in zip(one["expected_accuracy"], one["short_accuracy"], strict=True) if None not in pair]
-        ranks.append(spearman(pairs[len(pairs) // 2 :]))
+        ranks.append(rank_correlation(pairs[len(pairs) // 2 :]) or math.nan)
     error = (statistics.variance(first) / len(first) + statistics.variance(last) / len(last)) ** 0.5
     rise = (statistics.mean(last) - statistics.mean(first)) / max(error, 1e-12)
     judged = [one["judged"] for one in found]
@@ -342,13 +343,6 @@ def searched_row(found):
             f"ce {mean_and_deviation([one['cross_entropy'] for one in judged])}",
             f"rank {statistics.mean(ranks):.2f}", f"{statistics.mean(one['seconds'] for one in found):.0f} s",
             f"{statistics.mean(one['evaluations'] for one in found):.0f} students")  # fmt: skip
-
-
-def spearman(pairs):
-    if len({a for a, _ in pairs}) < 2 or len({b for _, b in pairs}) < 2:
-        return float("nan")
-    ranks = (np.argsort(np.argsort(column)) for column in zip(*pairs, strict=True))
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def options():
