@@ -283,14 +283,12 @@ def _draw_expectations(axes: Axes, stage: Stage) -> None:
     """What was expected of students before they were evaluated, and what was found then; the last half apart."""
     expected = [line for line in stage.of("rollout") if line[EXPECTED] is not None and line[SHORT] is not None]
     new = [line for line in expected if not line["cached"]]
-    ranks = rank_correlation([(line[EXPECTED], line[SHORT]) for line in new[len(new) // 2 :]])
+    first, last = new[: len(new) // 2], new[len(new) // 2 :]
+    ranks = rank_correlation([(line[EXPECTED], line[SHORT]) for line in last])
     told = "" if ranks is None else f", rank correlation {ranks:.2f} in the last half"
     _style(axes, f"{stage.name}: what was expected{told}", "accuracy expected before the evaluation",
            "accuracy found by it", [axes.xaxis, axes.yaxis])  # fmt: skip
-    for label, lines, color in (
-        ("first half", new[: len(new) // 2], LIGHT),
-        ("last half", new[len(new) // 2 :], ACCENT),
-    ):
+    for label, lines, color in (("first half", first, LIGHT), ("last half", last, ACCENT)):
         if lines:
             x, y, error = zip(*((line[EXPECTED], line[SHORT], line[DEVIATION]) for line in lines), strict=True)
             axes.errorbar(x, y, xerr=error, fmt="o", markersize=3, color=color, ecolor=LIGHT, label=f"rollout, {label}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from n2n_fast.networks.architecture import Architecture
 from n2n_fast.search.environment import MOST_TILTED
-from n2n_fast.search.policies import clone_behaviour, on_one_thread
+from n2n_fast.search.policies import clone_behaviour
 from n2n_fast.search.stage import Anchor, Stage
 from n2n_fast.training.clock import now
 from n2n_fast.training.seeds import derived
@@ -25,7 +25,7 @@ def train_anchors(stage: Stage) -> None:
     config, progress = stage.config, stage.search.progress
     later = stage.update // config.anchor_every if config.anchor_every else 0
     while config.anchors and (number := len(stage.anchors)) < config.anchors + later:
-        arch = _evaluated_spread(stage, number) if number < config.anchors else _best_recent(stage)
+        arch = _spread(stage, number) if number < config.anchors else _best_recent(stage)
         if arch is None:
             stage.anchors.append(Anchor())
             continue
@@ -43,18 +43,18 @@ def warm_start(stage: Stage) -> None:
     """Let the policy begin at the best of the first anchors, unless it was told how to begin, or trained before."""
     if stage.config.keep_probability is not None or stage.name in stage.search.policies:
         return
-    ranks = {}
-    for number, (key, full_accuracy, _) in enumerate(stage.anchors[: stage.config.anchors]):
-        if full_accuracy is not None:
-            ranks[number] = stage.judge_at(key, stage.predictor.after_final_training(full_accuracy)).rank
+    ranks = {
+        key: stage.judge_at(key, stage.predictor.after_final_training(full_accuracy)).rank
+        for key, full_accuracy, _ in stage.anchors[: stage.config.anchors]
+        if full_accuracy is not None
+    }
     if ranks:
-        actions, _ = _spread(stage, max(ranks, key=ranks.__getitem__))
-        with on_one_thread():
-            clone_behaviour(stage.policy, stage.x, stage.mask, actions)
+        actions = stage.actions[max(ranks, key=ranks.__getitem__)]
+        clone_behaviour(stage.policy, stage.x, stage.mask, torch.tensor(actions))
 
 
-def _spread(stage: Stage, number: int) -> tuple[Tensor, Architecture | None]:
-    """Actions and architecture of one of the first anchors, from mild to severe; None if all tries are degenerate.
+def _spread(stage: Stage, number: int) -> Architecture | None:
+    """One of the first anchors, from mild to severe, evaluated as any student; None if all tries are degenerate.
 
     At limits the mildest is the teacher, narrowed. In stage 2 it is narrowed evenly, those after it more where that
     saves more, and the last by chance: the predictor has to know what bad students come to.
@@ -71,16 +71,10 @@ def _spread(stage: Stage, number: int) -> tuple[Tensor, Architecture | None]:
     for actions in itertools.islice(draws, SPREAD_TRIES):
         arch = stage.architectures(actions[None])[0]
         if isinstance(arch, Architecture) and arch.key not in earlier:
-            return actions, arch
-    return actions, None
-
-
-def _evaluated_spread(stage: Stage, number: int) -> Architecture | None:
-    """One of the first anchors, evaluated as any student; None if there is none."""
-    actions, arch = _spread(stage, number)
-    if arch is not None and arch.key not in stage.evaluated:
-        next(stage.evaluate({number: arch}, [actions.tolist()]))
-    return arch
+            if arch.key not in stage.evaluated:
+                next(stage.evaluate({number: arch}, [actions.tolist()]))
+            return arch
+    return None
 
 
 def _best_recent(stage: Stage) -> Architecture | None:

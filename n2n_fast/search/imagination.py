@@ -35,13 +35,22 @@ class Imagination:
 
     @classmethod
     def of(cls, stage: Stage) -> "Imagination | None":
-        """None where fewer than KNOWN students were evaluated, and timed where latency counts."""
-        evaluations = [evaluation for _, evaluation in stage.evaluated.values()]
-        known = sum(one.latency is not None or not stage.config.times for one in evaluations)
-        return cls(stage) if known >= KNOWN else None
+        """None where fewer than KNOWN students were evaluated, and timed where latency counts.
 
+        It is learned anew where there are other evaluations than before.
+        """
+        shown = [(key, one.short_accuracy, one.latency) for key, (_, one) in stage.evaluated.items()]
+        if sum(latency is not None or not stage.config.times for _, _, latency in shown) < KNOWN:
+            return None
+        if stage.imagination is None or stage.imagination.shown != shown:
+            stage.imagination = cls(stage)
+            stage.imagination.shown = shown
+        return stage.imagination  # type: ignore[no-any-return]
+
+    @on_one_thread()
     def __init__(self, stage: Stage) -> None:
         """Learn from the stage's evaluations; those that failed are taken for chance."""
+        self.shown: list[tuple[str, float | None, float | None]] = []
         self._stage, chance = stage, 1 / stage.search.data.classes
         evaluations = [evaluation for _, evaluation in stage.evaluated.values()]
         points = stage.space.coordinates([arch for arch, _ in stage.evaluated.values()])
@@ -53,6 +62,7 @@ class Imagination:
             times = torch.tensor([one.latency for one in evaluations if one.latency is not None])
             self._log_latency = ArchitecturePredictor([part[timed] for part in points], times.clamp_min(1e-6).log())
 
+    @on_one_thread()
     def short_accuracies(self, archs: Sequence[Architecture]) -> list[tuple[float, float]]:
         """What an evaluation of each would show, and the standard deviation of that."""
         means, deviations = (part.tolist() for part in self._accuracy(self._stage.space.coordinates(archs)))
@@ -83,15 +93,16 @@ class Imagination:
 
 def believed(stage: Stage) -> list[Judged]:
     """The evaluated students, each judged by what all evaluations together say of it: one alone is partly luck."""
-    judged = {key: judged for key in stage.evaluated if (judged := stage.judge(key)) is not None}
-    archs = [one.architecture for one in judged.values()]
-    with on_one_thread():
-        if not archs or not stage.config.imagined_steps or (imagination := Imagination.of(stage)) is None:
-            return list(judged.values())
-        expected = imagination.short_accuracies(archs)
+    judged = [one for key in stage.evaluated if (one := stage.judge(key)) is not None]
+    imagination = Imagination.of(stage) if judged and stage.config.imagined_steps else None
+    if imagination is None:
+        return judged
+    archs = [one.architecture for one in judged]
+    expected = imagination.short_accuracies(archs)
     return [stage.judge_at(arch.key, *stage.corrected(arch, of[0])) for arch, of in zip(archs, expected, strict=True)]
 
 
+@on_one_thread()
 def learn_from_imagined(stage: Stage) -> None:
     """REINFORCE on imagined students: those that the policy draws, and the best that a search on the model proposes.
 

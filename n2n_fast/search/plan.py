@@ -43,7 +43,8 @@ def plan(reference: Reference, data: ImageData, config: SearchConfig) -> dict[st
     cost = Cost(smallest.params, smallest.macs, latency_of(space.build(smallest, "sliced"), data, config))
     rollout, step = _timed(reference, data, config)
     learning = _learning(space, config)
-    rollouts, steps = len(names) * config.updates * config.rollouts, _training_steps(config, len(data.train))
+    updates, steps = len(names) * config.updates, _training_steps(config, len(data.train))
+    rollouts = updates * config.rollouts
     return {
         "params": space.teacher.params,
         "macs": space.teacher.macs,
@@ -56,9 +57,9 @@ def plan(reference: Reference, data: ImageData, config: SearchConfig) -> dict[st
         "rollout_seconds": rollout,
         "training_steps": steps,
         "step_seconds": step,
-        "updates": len(names) * config.updates,
+        "updates": updates,
         "learning_seconds": learning,
-        "seconds": rollouts * rollout + steps * step + len(names) * config.updates * learning,
+        "seconds": rollouts * rollout + steps * step + updates * learning,
         "warnings": reference.warnings,
     }
 

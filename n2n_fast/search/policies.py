@@ -33,6 +33,17 @@ CLONING_SAMPLES = 8  # sequences for each step
 MUTATIONS = 4  # at most, of one sequence of actions
 
 
+@contextlib.contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Keep torch to one thread: policies and predictors are so small that several only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class RemovalPolicy(nn.Module):
     """π_remove(a_t | h_{t-1}, h_{t+1}, x_t): a bidirectional LSTM; action 1 keeps a layer, 0 removes it.
 
@@ -250,6 +261,7 @@ def new_policy(
     return policy
 
 
+@on_one_thread()
 def clone_behaviour(policy: RemovalPolicy | ShrinkagePolicy, x: Tensor, mask: Tensor, actions: Tensor) -> None:
     """Warm-start a policy by behaviour cloning: train it until the actions that it samples lie around these.
 
@@ -265,17 +277,6 @@ def clone_behaviour(policy: RemovalPolicy | ShrinkagePolicy, x: Tensor, mask: Te
         optimizer.zero_grad()
         divergence.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-
-
-@contextlib.contextmanager
-def on_one_thread() -> Iterator[None]:
-    """Keep torch to one thread: policies and predictors are so small that several only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Cell:

@@ -150,11 +150,10 @@ def _reinforce(stage: Stage) -> None:
             best = max(shown, key=lambda one: (one.feasible, one.reward), default=None)
             compression = stage.search.teacher.cost.params / best.params if best and best.params else None
             progress.rollout(rollout, best, compression)
-        with on_one_thread():
-            if config.imagined_steps and stage.learns:
-                learn_from_imagined(stage)
-            else:
-                _update_policy(stage, actions, torch.tensor(rewards))
+        if config.imagined_steps and stage.learns:
+            learn_from_imagined(stage)
+        else:
+            _update_policy(stage, actions, torch.tensor(rewards))
         stage.update += 1
         stage.search.save()
     if all(evaluation.error is not None for _, evaluation in stage.evaluated.values()):
@@ -172,13 +171,15 @@ def drawn(stage: Stage) -> Tensor:
     actions = draw(DRAWS * config.rollouts, stage.generator)
     known, new, others = set(stage.evaluated), list[int](), list[int]()
     for i, arch in enumerate(stage.architectures(actions)):
-        is_new = isinstance(arch, Architecture) and arch.key not in known
-        (new if is_new else others).append(i)
-        if isinstance(arch, Architecture):
+        if isinstance(arch, Architecture) and arch.key not in known:
             known.add(arch.key)
+            new.append(i)
+        else:
+            others.append(i)
     return actions[[*new, *others][: config.rollouts]]
 
 
+@on_one_thread()
 def _update_policy(stage: Stage, actions: Tensor, rewards: Tensor) -> None:
     """One step of the policy's gradient, each rollout's actions credited with its own advantage.
 
@@ -200,17 +201,14 @@ def _rollouts(stage: Stage, actions: Tensor) -> Iterator[Rollout]:
     """An update's rollouts: each row of actions gives an architecture, its student's accuracy, and a reward."""
     rows, archs = actions.tolist(), stage.architectures(actions)
     valid = {i: arch for i, arch in enumerate(archs) if isinstance(arch, Architecture)}
-    expected: dict[int, tuple[float, float]] = {}
-    if valid and stage.config.imagined_steps:
-        with on_one_thread():
-            imagination = Imagination.of(stage)
-            found = imagination.short_accuracies(list(valid.values())) if imagination else []
-        expected = dict(zip(valid, found, strict=False))
+    imagination = Imagination.of(stage) if valid and stage.config.imagined_steps else None
+    unknown = [(None, None)] * len(valid)
+    expected = iter(imagination.short_accuracies(list(valid.values())) if imagination else unknown)
     are_new = stage.evaluate(valid, [rows[i] for i in valid])
     for index, (row, arch) in enumerate(zip(rows, archs, strict=True)):
         if isinstance(arch, Architecture):
             outcome = _judged(stage, arch, cached=not next(are_new))
-            outcome["expected_accuracy"], outcome["expected_error"] = expected.get(index, (None, None))
+            outcome["expected_accuracy"], outcome["expected_error"] = next(expected)
         else:
             outcome = {"error": arch.reason}
         rollout = Rollout(stage.name, stage.update, index, row, **outcome)

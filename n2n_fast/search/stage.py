@@ -160,6 +160,7 @@ class Stage:
         self.baseline: float | None = None
         self.evaluated: dict[str, tuple[Architecture, Evaluation]] = {}
         self.actions: dict[str, list[Any]] = {}  # that gave each evaluated architecture
+        self.imagination: Any = None  # kept by `Imagination.of`
         self.anchors: list[Anchor] = []
         self.finals: list[Final] = []
         self.done = False
@@ -181,10 +182,9 @@ class Stage:
 
     def architectures(self, actions: Tensor) -> list[Architecture | DegenerateArchitecture]:
         """T(s, a) of section 3.1 for each row of actions, or why that is no student that is worth anything."""
-        teacher, found = self.search.teacher.cost, self.transition(actions)
-        useless = DegenerateArchitecture("no smaller than the teacher")
-        is_larger = (isinstance(arch, Architecture) and arch.params >= teacher.params for arch in found)
-        return [useless if larger else arch for arch, larger in zip(found, is_larger, strict=True)]
+        most, useless = self.search.teacher.cost.params, DegenerateArchitecture("no smaller than the teacher")
+        found = self.transition(actions)
+        return [useless if isinstance(arch, Architecture) and arch.params >= most else arch for arch in found]
 
     def evaluate(self, archs: Mapping[int, Architecture], actions: Sequence[list[Any]]) -> Iterator[bool]:
         """Have architectures evaluated, by their index in the update; tells of each, in order, whether it was new.
